@@ -1,0 +1,1 @@
+"""Drafters propose tokens; one verifier decides."""

@@ -1,0 +1,1 @@
+"""The decoder families the torch backend runs, from Hugging Face checkpoints."""

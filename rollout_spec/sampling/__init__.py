@@ -1,0 +1,1 @@
+"""Sampling: one logits pipeline, counter-based noise, and two lossless verifiers."""
