@@ -1,0 +1,150 @@
+"""One typed, validated configuration; keyword arguments, dicts, YAML, Hydra and the CLI all land here."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from rollout_spec.contracts import InvalidRequest, invalid
+
+VERIFIERS = ("auto", "coupled", "rejection")
+DRAFTERS = ("auto", "nf4", "int4", "int8", "dense", "none")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise invalid(name, value, f"use one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise invalid(name, value, f"use an integer >= {low}")
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """How to speculate.
+
+    Attributes:
+        drafter: Kind of the quantized copy of the policy that drafts: `nf4`, `int4`, `int8`, `dense` (not
+            quantized: a control), `auto` (times the kinds on this machine) or `none` (plain decoding).
+        draft_length: Draft tokens `K` per verification.
+        verifier: `coupled` (the trajectory does not depend on speculation), `rejection` (highest acceptance),
+            or `auto`: coupled if the row-invariance probe passes, rejection otherwise.
+        quantize_lm_head: Also quantize the drafter's lm_head.
+        canary: After each weight update compare drafter and target on recent contexts.
+        canary_min_acceptance: Below this mean acceptance (1 - TV) in the canary the drafter is reported and
+            set aside.
+    """
+
+    drafter: str = "auto"
+    draft_length: int = 4
+    verifier: str = "auto"
+    quantize_lm_head: bool = True
+    canary: bool = True
+    canary_min_acceptance: float = 0.3
+
+    def __post_init__(self) -> None:
+        _one_of("speculation.drafter", self.drafter, DRAFTERS)
+        _one_of("speculation.verifier", self.verifier, VERIFIERS)
+        _at_least("speculation.draft_length", self.draft_length, 1)
+        if self.draft_length > 64:
+            raise invalid("speculation.draft_length", self.draft_length, "use at most 64")
+        if not 0.0 <= self.canary_min_acceptance <= 1.0:
+            raise invalid("speculation.canary_min_acceptance", self.canary_min_acceptance, "use a number in [0, 1]")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything an engine needs to know besides the model.
+
+    Attributes:
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16` (CUDA only).
+        seed: Noise key of this engine run; give each replica its own.
+        max_model_len: Longest sequence in tokens, prompt included; None takes the model's limit.
+        max_num_seqs: Most sequences decoded together.
+        kv_cache_tokens: Capacity of the KV cache in tokens; None sizes it for `max_num_seqs` sequences of
+            `max_model_len`, within `kv_cache_bytes`.
+        kv_cache_bytes: Upper limit of the KV cache in bytes when `kv_cache_tokens` is None.
+        block_size: Tokens per KV block.
+        prefill_chunk: Most prompt tokens prefilled between two decode steps.
+        speculation: See `SpeculationConfig`.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    kv_cache_tokens: int | None = None
+    kv_cache_bytes: int = 2 << 30
+    block_size: int = 64
+    prefill_chunk: int = 512
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+
+    def __post_init__(self) -> None:
+        if not (self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:")):
+            raise invalid("device", self.device, "use auto, cpu, cuda or cuda:N")
+        _one_of("dtype", self.dtype, DTYPES)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise invalid("seed", self.seed, "use an integer")
+        for name, low in (("max_num_seqs", 1), ("kv_cache_bytes", 1), ("prefill_chunk", 1)):
+            _at_least(name, getattr(self, name), low)
+        for name in ("max_model_len", "kv_cache_tokens"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 2)
+        if self.block_size not in (16, 32, 64, 128):
+            raise invalid("block_size", self.block_size, "use 16, 32, 64 or 128")
+        if isinstance(self.speculation, Mapping):
+            object.__setattr__(self, "speculation", _from_mapping(SpeculationConfig, self.speculation, "speculation."))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """Build from a (nested) mapping; unknown names and wrong types are errors naming the field."""
+        return _from_mapping(cls, values, "")
+
+    @classmethod
+    def from_yaml(cls, path: str) -> EngineConfig:
+        """Build from a YAML file holding the same names."""
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            return cls.from_dict(yaml.safe_load(file) or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict; `from_dict` of it gives an equal configuration."""
+        return asdict(self)
+
+
+def _from_mapping(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    arguments = {}
+    for name, value in values.items():
+        if name not in known:
+            raise InvalidRequest(f"{prefix}{name}={value!r}: unknown option; known here: {', '.join(known)}")
+        arguments[name] = _coerce(hints[name], value, prefix + name)
+    return cls(**arguments)
+
+
+def _coerce(hint: Any, value: Any, name: str) -> Any:
+    """Check `value` against a field's type; integers are fine where a float is meant, strings are not."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    if is_dataclass(wanted):
+        if isinstance(value, wanted):
+            return value
+        if not isinstance(value, Mapping):
+            raise invalid(name, value, "give a mapping")
+        return _from_mapping(wanted, value, name + ".")
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise invalid(name, value, f"give a value of type {wanted.__name__}")
+    return value

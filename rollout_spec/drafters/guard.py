@@ -1,0 +1,134 @@
+"""Whether the drafter may be used. A stale, broken or useless one is set aside, and said so once, loudly.
+
+Nothing a drafter does can change what is emitted; the guard keeps it from silently costing time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rollout_spec.config import SpeculationConfig
+from rollout_spec.drafters.base import Drafter, DraftRound, Proposal
+
+logger = logging.getLogger("rollout_spec")
+
+_WATCH_TOKENS = 512  # drafted tokens over which acceptance is judged while decoding
+_CONTEXTS, _CONTEXT_TOKENS = 4, 64
+
+
+@dataclass(frozen=True)
+class DrafterReport:
+    """Why a drafter was set aside.
+
+    Attributes:
+        cause: `stale`, `nan`, `raised`, `low-acceptance`.
+        message: For people: what was seen and what the engine does about it.
+        version: Policy version in force.
+    """
+
+    cause: str
+    message: str
+    version: int
+
+
+class DrafterGuard:
+    """Watches one drafter.
+
+    Attributes:
+        reports: Everything reported so far.
+        canary_acceptance: Mean acceptance `1 - TV` on recent contexts after the last update; None if not run.
+    """
+
+    def __init__(self, config: SpeculationConfig) -> None:
+        self.config = config
+        self.reports: list[DrafterReport] = []
+        self.canary_acceptance: float | None = None
+        self._set_aside = False
+        self._drafted = self._accepted = 0
+        self._contexts: deque[np.ndarray] = deque(maxlen=_CONTEXTS)
+
+    @property
+    def contexts(self) -> Sequence[np.ndarray]:
+        """Recent token sequences, for the canary."""
+        return self._contexts
+
+    def usable(self, drafter: Drafter | None, version: int) -> bool:
+        """Whether to draft now; checks that the drafter was made from the policy in force."""
+        if drafter is None or self._set_aside:
+            return False
+        if drafter.version != version:
+            self._report(
+                "stale", f"drafter {drafter.name} was made from policy version {drafter.version}, not {version}", version
+            )
+            return False
+        return True
+
+    def propose(self, drafter: Drafter, round: DraftRound) -> Proposal | None:
+        """The drafter's proposal, or None if it raised."""
+        try:
+            return drafter.propose(round)
+        except Exception as error:  # a guest's failure must not end the rollout; it is reported with its cause
+            cause = f"drafter {drafter.name} raised {type(error).__name__}: {error}"
+            self._report("raised", cause, drafter.version, error)
+            return None
+
+    def observe(self, proposal: Proposal, drafted: int, accepted: int, version: int) -> None:
+        """Judge a verified proposal: finite logits, and acceptance over the last tokens drafted."""
+        if not bool(proposal.healthy):
+            self._report("nan", "the drafter produced NaN or infinite logits", version)
+            return
+        self._drafted, self._accepted = self._drafted + drafted, self._accepted + accepted
+        if self._drafted >= _WATCH_TOKENS:
+            self._judge(self._accepted / self._drafted, f"over {self._drafted} drafted tokens", version)
+            self._drafted = self._accepted = 0
+
+    def remember(self, tokens: np.ndarray) -> None:
+        """Keep the end of a finished sequence as a canary context."""
+        self._contexts.append(tokens[-_CONTEXT_TOKENS:])
+
+    def after_update(
+        self, drafter: Drafter | None, version: int, compare: Callable[[np.ndarray], tuple[Tensor, Tensor] | None]
+    ) -> None:
+        """Start afresh after a weight update, and run the canary.
+
+        Args:
+            drafter: The drafter, already updated.
+            version: Policy version in force.
+            compare: Context `[T]` to target and drafter logits `[T, V]` after each token; None if it cannot
+                be run now.
+        """
+        self._set_aside, self._drafted, self._accepted = False, 0, 0
+        self.canary_acceptance = None
+        if not self.config.canary or not self.usable(drafter, version):
+            return
+        acceptances = []
+        for context in self._contexts:
+            logits = compare(context)
+            if logits is None:
+                continue
+            target, draft = (x.softmax(-1) for x in logits)
+            if not bool(torch.isfinite(draft).all()):
+                self._report("nan", "the canary found NaN in the drafter's logits", version)
+                return
+            acceptances.append(torch.minimum(target, draft).sum(-1).mean().item())
+        if acceptances:
+            self.canary_acceptance = sum(acceptances) / len(acceptances)
+            self._judge(self.canary_acceptance, f"on {len(acceptances)} recent contexts (canary)", version)
+
+    def _judge(self, acceptance: float, where: str, version: int) -> None:
+        if acceptance < self.config.canary_min_acceptance:
+            floor = f"speculation.canary_min_acceptance={self.config.canary_min_acceptance}"
+            self._report("low-acceptance", f"acceptance {acceptance:.3f} {where} is below {floor}", version)
+
+    def _report(self, cause: str, what: str, version: int, error: Exception | None = None) -> None:
+        message = f"{what}; decoding plainly until the next weight update (policy version {version})"
+        self._set_aside = True
+        self.reports.append(DrafterReport(cause, message, version))
+        logger.error("drafter set aside [%s]: %s", cause, message, exc_info=error)

@@ -1,0 +1,71 @@
+"""The quantized self-drafter: the policy itself with quantized linears, reading the target's KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rollout_spec.drafters.base import DraftRound, Proposal
+from rollout_spec.drafters.quantize import QuantizedLinear, Quantizer
+from rollout_spec.models.decoder import Decoder
+from rollout_spec.models.weights import Piece, is_linear, slots_of, weights_from_slots
+from rollout_spec.sampling.verify import draft_coupled, draft_rejection
+
+
+class QuantizedSelfDrafter:
+    """A copy of the target whose linears are quantized; embedding and norms are the target's own tensors.
+
+    Drafting starts from the last emitted token and reads the target's cache entries before it. The entries it
+    writes for its own draft tokens are provisional: the verification pass overwrites every one of them.
+
+    Attributes:
+        name: Kind of quantization.
+        version: Policy version its weights were quantized from; -1 before the first `commit`.
+        linears: Its quantized linears by slot (`layers.0.qkv`, ..., `lm_head`).
+    """
+
+    def __init__(self, quantizer: Quantizer, *, quantize_lm_head: bool = True) -> None:
+        self.name = quantizer.name
+        self.version = -1
+        self.linears: dict[str, QuantizedLinear] = {}
+        self._quantizer, self._quantize_lm_head = quantizer, quantize_lm_head
+        self._staged: dict[str, QuantizedLinear] = {}
+        self._model: Decoder | None = None
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder it drafts with."""
+        assert self._model is not None, "nothing committed yet"
+        return self._model
+
+    def stage(self, piece: Piece) -> None:
+        if is_linear(piece.slot) and (piece.slot != "lm_head" or self._quantize_lm_head):
+            self._staged[piece.slot] = self._quantizer.quantize(piece.weight, piece.bias)
+
+    def commit(self, target: Decoder, version: int) -> None:
+        self.linears, self._staged, self.version = self._staged, {}, version
+        slots = slots_of(target.weights) | self.linears
+        self._model = Decoder(target.spec, weights_from_slots(target.spec, slots), target.rope)
+
+    def rollback(self) -> None:
+        self._staged = {}
+
+    def discard(self) -> None:
+        self.linears, self._model, self.version = {}, None, -1
+
+    def propose(self, round: DraftRound) -> Proposal:
+        tokens = round.last_tokens[:, None]
+        drafts: list[Tensor] = []
+        logits: list[Tensor] = []
+        healthy = torch.ones((), dtype=torch.bool, device=tokens.device)
+        for step in range(round.width):
+            raw = round.forward(self.model, tokens, step)
+            healthy &= (raw < torch.inf).all()
+            block = torch.cat(drafts, dim=1) if drafts else None
+            processed = round.batch.process(raw, block=block, first=step).logits
+            draw = draft_coupled if round.coupled else draft_rejection
+            tokens = draw(processed, round.keys[:, step : step + 1])
+            drafts.append(tokens)
+            if not round.coupled:
+                logits.append(processed)
+        return Proposal(torch.cat(drafts, dim=1), torch.cat(logits, dim=1) if logits else None, healthy)

@@ -1,0 +1,528 @@
+"""The rollout engine a trainer talks to: requests in, completions out, weights in between."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rollout_spec.config import EngineConfig
+from rollout_spec.contracts import (
+    Completion,
+    InvalidRequest,
+    RolloutSpecError,
+    SamplingParams,
+    SpecCounts,
+    VersionSpan,
+    invalid,
+)
+from rollout_spec.drafters.guard import DrafterReport
+from rollout_spec.models.checkpoint import read_checkpoint, read_config, state_dict_from
+from rollout_spec.models.spec import ModelSpec
+from rollout_spec.sampling.noise import fold
+from rollout_spec.torch_backend.backend import StepTimes, TorchBackend
+from rollout_spec.torch_backend.slots import ACCEPTED, DRAFTED, PLAIN_STEPS, VERIFY_STEPS, Sample
+from rollout_spec.torch_backend.weights import UpdateReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int]
+
+
+class EngineAsleep(RolloutSpecError, RuntimeError):
+    """The engine sleeps, or has no weights; the message says what wakes it."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of an engine.
+
+    Attributes:
+        version: Policy version in force.
+        verifier: `coupled` or `rejection`.
+        exactness: Level reached: `E2` trajectories bitwise the same with speculation on and off, `E1` the
+            same up to near-ties, `E0` lossless in distribution.
+        drafter: Kind of the drafter in use, or None (off, or set aside).
+        reports: Why drafters were set aside, if any were.
+        canary_acceptance: Acceptance on recent contexts after the last update; None if not measured.
+        live, waiting: Sequences being decoded, and waiting.
+        kv_tokens, kv_tokens_free: Capacity of the KV cache and what of it is free, in tokens.
+        preemptions: Sequences sent back to the queue for lack of memory or by a weight update.
+        finished, generated_tokens: Completions delivered and their tokens.
+        spec: Speculation counts over all finished samples.
+        times: Where step time went, in seconds.
+        last_update: What the last weight update cost.
+    """
+
+    version: int
+    verifier: str
+    exactness: str
+    drafter: str | None
+    reports: tuple[DrafterReport, ...]
+    canary_acceptance: float | None
+    live: int
+    waiting: int
+    kv_tokens: int
+    kv_tokens_free: int
+    preemptions: int
+    finished: int
+    generated_tokens: int
+    spec: SpecCounts
+    times: StepTimes
+    last_update: UpdateReport
+
+
+class RolloutEngine:
+    """Generates rollouts of a policy whose weights a trainer keeps replacing.
+
+    All methods may be called from several threads: a lock is held for one step, or one commit, at a time.
+
+    Args:
+        backend: What decodes; use `from_pretrained` or `from_model` to get one.
+        config: The configuration it was built from.
+        tokenizer: Needed for text prompts, text in completions, and stop strings.
+    """
+
+    def __init__(
+        self, backend: TorchBackend, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None,
+        update: UpdateReport,
+    ) -> None:
+        self.backend, self.config, self.tokenizer = backend, config, tokenizer
+        self._changed = threading.Condition(threading.RLock())
+        self._update_lock = threading.Lock()
+        self._asleep = False
+        self._no_weights = False
+        self._live: dict[str, list[Sample]] = {}
+        self._submitted: dict[tuple[int, int], int] = {}
+        self._ids = itertools.count()
+        self._finished = self._tokens = 0
+        self._spec = SpecCounts()
+        self._last_update = update
+
+    # --- construction ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, config: EngineConfig | Mapping[str, Any] | None = None, **options: Any
+    ) -> RolloutEngine:
+        """Load a Hugging Face checkpoint folder (safetensors) and, if there is one, its tokenizer.
+
+        Args:
+            path: Folder with `config.json`, safetensors and, usually, tokenizer files.
+            config: An `EngineConfig` or a mapping with its names.
+            **options: Single `EngineConfig` fields, overriding `config`.
+
+        Raises:
+            UnsupportedModel: The architecture, quantization or attention kind is not served here.
+            WeightError: The checkpoint is missing, truncated, a pickle, or does not fit its config.
+            InvalidRequest: A configuration value is wrong.
+        """
+        spec = ModelSpec.from_hf_config(read_config(path))
+        return cls._build(spec, read_checkpoint(path), _config(config, options), _load_tokenizer(Path(path)))
+
+    @classmethod
+    def from_model(
+        cls,
+        model: torch.nn.Module | Mapping[str, Tensor],
+        config: EngineConfig | Mapping[str, Any] | None = None,
+        *,
+        hf_config: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> RolloutEngine:
+        """Take the weights of a `transformers` module, or a state dict with its `hf_config`; they are copied."""
+        spec, tensors = state_dict_from(model, hf_config)
+        return cls._build(spec, tensors, _config(config, options), tokenizer)
+
+    @classmethod
+    def _build(
+        cls, spec: ModelSpec, tensors: Iterable[tuple[str, Tensor]], config: EngineConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> RolloutEngine:
+        device = _device(config.device)
+        dtype = spec.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        if dtype == torch.float16 and device.type == "cpu":
+            raise invalid("dtype", "float16", "on CPU use bfloat16 or float32")
+
+        def decode_text(tokens: list[int]) -> str:
+            assert tokenizer is not None
+            return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+        backend = TorchBackend(spec, config, dtype, device, decode_text if tokenizer is not None else None)
+        update = backend.start(tensors)
+        return cls(backend, config, tokenizer, update)
+
+    # --- generation ------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        n: int | None = None,
+        seeds: Sequence[int] | None = None,
+        request_ids: Sequence[str] | None = None,
+    ) -> list[Completion]:
+        """Sample completions of every prompt from the current policy, and wait for all of them.
+
+        Args:
+            prompts: Texts or token id lists (a single one is fine too).
+            sampling_params: One for all prompts or one each; default `SamplingParams()`.
+            n: Samples per prompt, overriding `sampling_params.n`.
+            seeds: One seed per prompt, overriding `sampling_params.seed`.
+            request_ids: One id per prompt. The same id, seed and policy version give the same samples again,
+                also when a prompt is resumed with part of its answer appended.
+
+        Returns:
+            `n` completions per prompt, in order of prompts; the samples of a prompt are adjacent. A completion
+            that `abort` ended has `finish_reason=ABORT` and what was sampled until then.
+
+        Raises:
+            InvalidRequest: A prompt or parameter cannot be honoured; nothing was started.
+            EngineAsleep: Call `wake_up` (or `update_weights`) first.
+        """
+        groups = self._submit(*self._requests(prompts, sampling_params, n, seeds, request_ids))
+        samples = [sample for group in groups for sample in group]
+        try:
+            while any(sample.finish_reason is None for sample in samples):
+                self._advance()
+        except BaseException:
+            self._withdraw(samples)
+            raise
+        return [self._completion(sample) for sample in samples]
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+    ) -> AsyncIterator[Completion]:
+        """Sample one prompt, yielding each of its `n` completions as it finishes.
+
+        Any number of streams and `generate` calls may run at once; they share the batch. Closing the iterator
+        aborts what is left of the request.
+        """
+        ids = None if request_id is None else [request_id]
+        groups = self._submit(*self._requests([prompt], sampling_params, None, None, ids))
+        pending = list(groups[0])
+        try:
+            while pending:
+                await asyncio.to_thread(self._advance)
+                for sample in [sample for sample in pending if sample.finish_reason is not None]:
+                    pending.remove(sample)
+                    yield self._completion(sample)
+        finally:
+            self._withdraw(pending)
+
+    async def generate_async(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> list[Completion]:
+        """All `n` completions of one prompt, in order of their index, without blocking the event loop."""
+        completions = [c async for c in self.stream(prompt, sampling_params, request_id=request_id)]
+        return sorted(completions, key=lambda completion: completion.index)
+
+    def abort(self, request_ids: Iterable[str] | None = None) -> None:
+        """End requests now (all, if none are named); whoever waits for them gets partial completions.
+
+        To go on later, submit prompt + partial output as a longer prompt under the same `request_id`: under
+        the same policy version the answer is the one that would have been given without the interruption.
+        """
+        with self._changed:
+            ids = list(self._live) if request_ids is None else list(request_ids)
+            for request_id in ids:
+                if request_id not in self._live:
+                    raise invalid("request_ids", request_id, "not in flight; pass ids given to generate or stream")
+                samples = self._live.pop(request_id)
+                self.backend.abort(samples)
+            self._changed.notify_all()
+
+    # --- weights and memory ----------------------------------------------------------------------------
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int | None = None) -> UpdateReport:
+        """Replace the policy by a complete set of named tensors (Hugging Face names, any order).
+
+        Tensors are packed, and quantized for the drafter, as they arrive, while generation goes on with the old
+        weights; the commit falls between two steps. Requests in flight keep their tokens, recompute their cache
+        and go on under the new policy (`Completion.version_spans` tells which token came from which).
+
+        Args:
+            weights: `(name, tensor)` pairs; buffers may be reused after each.
+            version: The new policy version, larger than the last; None counts up by one.
+
+        Raises:
+            WeightError: Something does not fit; the old weights stay in force.
+        """
+        with self._update_lock:
+            version = self.backend.weights.version + 1 if version is None else version
+            report = self.backend.weights.stage(weights, version)
+            with self._changed:
+                self.backend.commit(report)
+                self._submitted.clear()
+                self._no_weights = False
+                self._last_update = report
+                self._changed.notify_all()
+        return report
+
+    def sleep(self, level: int = 1) -> None:
+        """Free the KV cache (level 1), and the weights too (level 2: `update_weights` must follow).
+
+        Requests in flight wait and recompute after `wake_up`.
+        """
+        if level not in (1, 2):
+            raise invalid("level", level, "use 1 (free the KV cache) or 2 (free the weights too)")
+        with self._changed:
+            if not self._asleep:
+                self.backend.sleep(discard_weights=level == 2)
+                self._asleep, self._no_weights = True, level == 2
+
+    def wake_up(self) -> None:
+        """Take the memory back; harmless when awake."""
+        with self._changed:
+            if self._asleep:
+                self.backend.wake_up()
+                self._asleep = False
+                self._changed.notify_all()
+
+    def stats(self) -> EngineStats:
+        """A snapshot of what the engine is doing and has done."""
+        with self._changed:
+            backend = self.backend
+            drafter = backend.weights.drafter
+            usable = drafter is not None and backend.guard.usable(drafter, backend.weights.version)
+            exactness = ("E2" if backend.row_invariant else "E1") if backend.coupled else "E0"
+            return EngineStats(
+                version=backend.weights.version,
+                verifier="coupled" if backend.coupled else "rejection",
+                exactness=exactness,
+                drafter=drafter.name if usable and drafter is not None else None,
+                reports=tuple(backend.guard.reports),
+                canary_acceptance=backend.guard.canary_acceptance,
+                live=len(backend.scheduler.running),
+                waiting=len(backend.scheduler.waiting),
+                kv_tokens=backend.kv_tokens,
+                kv_tokens_free=backend.pool.available * self.config.block_size,
+                preemptions=backend.scheduler.preemptions,
+                finished=self._finished,
+                generated_tokens=self._tokens,
+                spec=self._spec,
+                times=replace(backend.times),
+                last_update=self._last_update,
+            )
+
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Logprob of each token after the first given those before it, from a plain re-forward (T=1)."""
+        tokens = self._token_ids(token_ids, 0)
+        with self._changed:
+            self._check_awake()
+            logits = self.backend.score(self.backend.weights.target, tokens)
+        logprobs = logits[:-1].log_softmax(-1)
+        return logprobs.gather(1, torch.from_numpy(tokens[1:, None]).to(logprobs.device))[:, 0].tolist()
+
+    # --- inside ----------------------------------------------------------------------------------------
+
+    def _requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        n: int | None,
+        seeds: Sequence[int] | None,
+        request_ids: Sequence[str] | None,
+    ) -> tuple[list[np.ndarray], list[SamplingParams], list[str] | None]:
+        """Validate everything before anything starts."""
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        tokens = [self._token_ids(prompt, row) for row, prompt in enumerate(prompts)]  # type: ignore[arg-type]
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(tokens)
+        else:
+            params = list(sampling_params)
+        ids = None if request_ids is None else list(request_ids)
+        for name, values in (("sampling_params", params), ("seeds", seeds), ("request_ids", ids)):
+            if values is not None and len(values) != len(tokens):
+                raise InvalidRequest(f"{name}: {len(values)} given for {len(tokens)} prompts; give one per prompt")
+        if n is not None:
+            params = [replace(p, n=n) for p in params]
+        if seeds is not None:
+            params = [replace(p, seed=seed) for p, seed in zip(params, seeds, strict=True)]
+        if ids is not None and len(set(ids)) < len(ids):
+            raise invalid("request_ids", ids, "must be distinct")
+        for prompt, p in zip(tokens, params, strict=True):
+            self._check_fits(prompt, p)
+        return tokens, params, ids
+
+    def _token_ids(self, prompt: Prompt, row: int) -> np.ndarray:
+        name = f"prompts[{row}]"
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise invalid(name, prompt, "this engine has no tokenizer; give token ids")
+            prompt = self.tokenizer(prompt)["input_ids"]
+        tokens = np.asarray(prompt)
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise invalid(name, prompt, "give at least one token")
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise invalid(name, prompt, "give text or a list of integer token ids")
+        vocab = self.backend.spec.vocab_size
+        outside = (tokens < 0) | (tokens >= vocab)
+        if outside.any():
+            raise invalid(name, int(tokens[outside][0]), f"token ids lie in [0, {vocab})")
+        return tokens.astype(np.int64)
+
+    def _check_fits(self, prompt: np.ndarray, params: SamplingParams) -> None:
+        longest = self.backend.max_model_len
+        if len(prompt) >= longest:
+            raise InvalidRequest(
+                f"prompt of {len(prompt)} tokens: the context holds {longest}, answer included; shorten the prompt "
+                "or raise max_model_len"
+            )
+        if len(prompt) + (params.max_tokens or 1) > self.backend.kv_tokens:
+            raise InvalidRequest(
+                f"max_tokens={params.max_tokens} after a prompt of {len(prompt)} tokens: the KV cache holds "
+                f"{self.backend.kv_tokens} tokens; lower max_tokens or raise kv_cache_tokens"
+            )
+        if params.stop and self.tokenizer is None:
+            raise invalid("stop", params.stop, "this engine has no tokenizer; use stop_token_ids")
+        vocab = self.backend.spec.vocab_size
+        for field_name in ("stop_token_ids", "logit_bias"):
+            for token in getattr(params, field_name) or ():
+                if token >= vocab:
+                    raise invalid(field_name, token, f"token ids lie in [0, {vocab})")
+
+    def _submit(
+        self, prompts: list[np.ndarray], params: list[SamplingParams], ids: list[str] | None
+    ) -> list[list[Sample]]:
+        backend = self.backend
+        with self._changed:
+            self._check_awake()
+            for request_id in ids or ():
+                if request_id in self._live:
+                    raise invalid("request_ids", request_id, "is in flight already; use another id")
+            groups = []
+            for row, (tokens, p) in enumerate(zip(prompts, params, strict=True)):
+                request_id = ids[row] if ids else f"request-{next(self._ids)}"
+                key = fold(self.config.seed, *(() if p.seed is None else (p.seed,)), *self._identity(tokens, p, ids, row))
+                limit = min(len(tokens) + (p.max_tokens or backend.max_model_len), backend.max_model_len, backend.kv_tokens)
+                ends = p.stop_token_ids + (() if p.ignore_eos else backend.spec.eos_token_ids)
+                prompt = backend.scheduler.prompt(tokens)
+                group = [
+                    Sample(request_id, index, prompt, p, fold(key, index), limit, tuple(dict.fromkeys(ends)))
+                    for index in range(p.n)
+                ]
+                for sample in group:
+                    backend.scheduler.submit(sample)
+                self._live[request_id] = list(group)
+                groups.append(group)
+            self._changed.notify_all()
+        return groups
+
+    def _identity(
+        self, tokens: np.ndarray, params: SamplingParams, ids: list[str] | None, row: int
+    ) -> tuple[int, int]:
+        """What makes this request's noise its own: its id, or its prompt and how often that was submitted.
+
+        The count restarts with each policy version, which is part of the noise key, too.
+        """
+        if ids is not None:
+            return 1, int.from_bytes(ids[row].encode(), "little")
+        prompt = fold(*tokens.tolist())
+        place = prompt, -1 if params.seed is None else params.seed
+        count = self._submitted.get(place, 0)
+        self._submitted[place] = count + 1
+        return prompt, count
+
+    def _advance(self) -> None:
+        """Run one step for everybody, or wait while there is nothing to run."""
+        with self._changed:
+            if self._asleep or self._no_weights:
+                self._changed.wait(timeout=0.1)
+                return
+            if not self.backend.has_work:
+                return
+            for sample in self.backend.step():
+                self._forget(sample)
+            self._changed.notify_all()
+
+    def _forget(self, sample: Sample) -> None:
+        group = self._live[sample.request_id]
+        group.remove(sample)
+        if not group:
+            del self._live[sample.request_id]
+
+    def _withdraw(self, samples: Iterable[Sample]) -> None:
+        """Abort what is left of an abandoned request."""
+        with self._changed:
+            for sample in samples:
+                if sample.finish_reason is None:
+                    self.backend.abort([sample])
+                    self._forget(sample)
+
+    def _check_awake(self) -> None:
+        if self._asleep:
+            raise EngineAsleep("the engine is asleep; call wake_up() first")
+        if self._no_weights:
+            raise EngineAsleep("the engine slept at level 2 and has no weights; call update_weights() first")
+
+    def _completion(self, sample: Sample) -> Completion:
+        assert sample.finish_reason is not None
+        text = self.tokenizer.decode(sample.output, skip_special_tokens=True) if self.tokenizer is not None else ""
+        if isinstance(sample.stop_reason, str):
+            text = text[: text.find(sample.stop_reason)]
+        starts = [*sample.version_starts, (len(sample.output), -1)]
+        spans = [VersionSpan(a, b, v) for (a, v), (b, _) in itertools.pairwise(starts) if b > a]
+        spec = SpecCounts(
+            drafted=int(sample.spec[DRAFTED]),
+            accepted=int(sample.spec[ACCEPTED]),
+            verify_steps=int(sample.spec[VERIFY_STEPS]),
+            plain_steps=int(sample.spec[PLAIN_STEPS]),
+        )
+        logprobs, processed, mass = sample.logprobs.tolist()
+        completion = Completion(
+            request_id=sample.request_id,
+            index=sample.index,
+            prompt_token_ids=sample.prompt.tokens.tolist(),
+            token_ids=sample.output.tolist(),
+            text=text,
+            logprobs=logprobs,
+            processed_logprobs=processed,
+            mask_mass=mass,
+            top_logprobs=sample.top_logprobs if sample.params.logprobs else None,
+            finish_reason=sample.finish_reason,
+            stop_reason=sample.stop_reason,
+            version_spans=spans,
+            spec=spec,
+        )
+        with self._changed:
+            self._finished += 1
+            self._tokens += len(completion.token_ids)
+            self._spec += spec
+        return completion
+
+
+def _config(config: EngineConfig | Mapping[str, Any] | None, options: Mapping[str, Any]) -> EngineConfig:
+    if isinstance(config, EngineConfig):
+        return EngineConfig.from_dict({**config.to_dict(), **options}) if options else config
+    return EngineConfig.from_dict({**(config or {}), **options})
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise invalid("device", name, "no CUDA device is usable here; use cpu, or run rollout-spec doctor")
+    return device
+
+
+def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
+    if not (path / "tokenizer_config.json").exists() and not (path / "tokenizer.json").exists():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)

@@ -1,0 +1,1 @@
+"""When to speculate and how far: pure functions of measurements, without torch."""

@@ -1,0 +1,97 @@
+"""Paged KV cache: one pool of fixed-size blocks, shared by the target and every drafter that reads its entries."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class OutOfBlocks(Exception):
+    """The pool cannot serve an allocation now; the scheduler waits or preempts."""
+
+
+class BlockPool:
+    """Free list and reference counts of KV blocks (host side).
+
+    A block with several owners (siblings of a GRPO group sharing a prompt) is freed with its last owner.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._owners = np.zeros(num_blocks, dtype=np.int32)
+
+    @property
+    def available(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks, each with one owner; raises `OutOfBlocks` and takes none if there are fewer."""
+        if count > len(self._free):
+            raise OutOfBlocks(f"{count} blocks wanted, {len(self._free)} of {self.num_blocks} free")
+        blocks = [self._free.pop() for _ in range(count)]
+        self._owners[blocks] = 1
+        return blocks
+
+    def share(self, blocks: list[int]) -> None:
+        """Add one owner to each block."""
+        assert (self._owners[blocks] > 0).all(), "sharing a free block"
+        self._owners[blocks] += 1
+
+    def free(self, blocks: list[int]) -> None:
+        """Remove one owner from each block; blocks without owners return to the pool."""
+        assert (self._owners[blocks] > 0).all(), "freeing a free block"
+        self._owners[blocks] -= 1
+        self._free.extend(block for block in blocks if self._owners[block] == 0)
+
+
+class KVCache:
+    """Keys and values of all layers, `[layers, blocks + 1, kv_heads, block_size, head_dim]` each.
+
+    The last block is scratch: rows that pad a batch write there, and tables are padded with it. Entries are
+    addressed by flat rows `(block * kv_heads + head) * block_size + offset`, computed once per forward and
+    reused by every layer.
+    """
+
+    def __init__(
+        self, num_layers: int, num_blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks, self.kv_heads, self.block_size, self.head_dim = num_blocks, kv_heads, block_size, head_dim
+        self._shape = (num_layers, num_blocks + 1, kv_heads, block_size, head_dim)
+        self._dtype, self._device = dtype, device
+        self._head_offsets = torch.arange(kv_heads, device=device) * block_size
+        self.clear()
+
+    @property
+    def scratch_block(self) -> int:
+        return self.num_blocks
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.keys.nbytes
+
+    def rows(self, blocks: Tensor, offsets: Tensor) -> Tensor:
+        """Flat rows `[R * kv_heads]` of the entries at (block `[R]`, offset `[R]`)."""
+        first = blocks * (self.kv_heads * self.block_size) + offsets
+        return (first[:, None] + self._head_offsets).flatten()
+
+    def store(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values `[R, kv_heads, head_dim]` at flat `rows [R * kv_heads]`."""
+        for cache, new in ((self.keys, keys), (self.values, values)):
+            cache[layer].view(-1, self.head_dim).index_copy_(0, rows, new.reshape(-1, self.head_dim))
+
+    def copy_block(self, source: int, destination: int) -> None:
+        self.keys[:, destination] = self.keys[:, source]
+        self.values[:, destination] = self.values[:, source]
+
+    def clear(self) -> None:
+        """Zero every entry, so that nothing computed from earlier weights can be read again."""
+        self.release()
+        self.keys = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+        self.values = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+
+    def release(self) -> None:
+        """Free the memory; `clear` takes it back."""
+        self.keys = self.values = torch.empty(0)

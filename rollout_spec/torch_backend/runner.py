@@ -1,0 +1,152 @@
+"""Runs forwards: lays rows out, points them at the cache, and calls the target or a drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rollout_spec.models.decoder import Decoder
+from rollout_spec.torch_backend.attention import PagedAttention, Rows, hidden_mask, padded_blocks
+from rollout_spec.torch_backend.kv_cache import KVCache
+from rollout_spec.torch_backend.scheduler import PrefillChunk
+from rollout_spec.torch_backend.slots import Slots
+
+_MIN_ROWS = 4  # stock CPU linears take another code path below (a row's bits would depend on the batch)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A speculative block: for each of `B` sequences the last token and room for `K` drafts behind it.
+
+    Row s of sequence b stands at position `length[b] - 1 + s`; rows past the sequence's own draft length
+    are padding, whose keys and values go to the scratch block.
+
+    Attributes:
+        last_tokens: `[B]`.
+        positions: Position of each row `[B, S]`.
+        draft_lengths: `[B]`, on the device.
+        kv_rows: Flat cache rows `[B, S, kv_heads]`.
+        tables: `[B, blocks]`.
+        hidden: Attention mask of the whole block, see `Rows`.
+    """
+
+    last_tokens: Tensor
+    positions: Tensor
+    draft_lengths: Tensor
+    kv_rows: Tensor
+    tables: Tensor
+    hidden: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S), S = K + 1"""
+        batch, width = self.positions.shape
+        return batch, width
+
+
+class Runner:
+    """Forwards over one cache on one device; knows nothing about requests.
+
+    A drafter that shares the cache is another `Decoder`; what it writes is provisional, and never NaN.
+    """
+
+    def __init__(self, target: Decoder, cache: KVCache, device: torch.device) -> None:
+        self.target, self.cache, self.device = target, cache, device
+
+    def prefill(self, slots: Slots, chunks: Sequence[PrefillChunk]) -> None:
+        """Compute the target's keys and values for `chunks` (any mix of lengths)."""
+        starts = np.array([chunk.start for chunk in chunks])
+        counts = np.array([chunk.stop - chunk.start for chunk in chunks])
+        rows = np.array([chunk.slot for chunk in chunks])
+        column = np.arange(counts.max())
+        valid = column < counts[:, None]
+        positions = np.where(valid, starts[:, None] + column, 0)
+        tables = self._tables(slots.tables[rows], starts + counts)
+        self._ragged(self.target, slots.tokens[rows[:, None], positions], positions, valid, tables)
+
+    def score(self, model: Decoder, tokens: np.ndarray, blocks: Sequence[int], start: int = 0) -> Tensor:
+        """Logits `[T - start, padded_vocab]` after tokens `start ..` of `tokens [T]`, in one pass.
+
+        The tokens before `start` must be in `blocks` (lent by the pool) already, from an earlier call.
+        A drafter sees its own keys and values here, not the target's.
+        """
+        positions = np.arange(start, len(tokens))[None]
+        tables = self._tables(np.asarray(blocks)[None], np.array([len(tokens)]))
+        hidden = self._ragged(model, tokens[None, start:], positions, np.ones_like(positions, bool), tables)
+        return model.logits(hidden)[: positions.size]
+
+    def block(self, slots: Slots, rows: np.ndarray, draft_lengths: np.ndarray) -> Block:
+        """Lay out one decode pass over `rows` (slots `[B]`) with `draft_lengths [B]` drafts each."""
+        width = int(draft_lengths.max()) + 1
+        length = slots.length[rows]
+        column = np.arange(width)
+        inside = column <= draft_lengths[:, None]
+        positions = np.where(inside, length[:, None] - 1 + column, 0)
+        tables = self._tables(slots.tables[rows], length + draft_lengths)
+        device_positions = self._device(positions)
+        return Block(
+            last_tokens=self._device(slots.tokens[rows, length - 1]),
+            positions=device_positions,
+            draft_lengths=self._device(draft_lengths),
+            kv_rows=self._kv_rows(tables, device_positions, self._device(inside)).view(len(rows), width, -1),
+            tables=tables,
+            hidden=hidden_mask(device_positions, tables.shape[1], self.cache.block_size),
+        )
+
+    def forward(self, model: Decoder, block: Block, tokens: Tensor, first: int) -> Tensor:
+        """Logits `[B, n, padded_vocab]` (float32) of rows `first .. first + n` of `block`, fed `tokens [B, n]`."""
+        batch, count = tokens.shape
+        span = slice(first, first + count)
+        rows = Rows(block.kv_rows[:, span].reshape(-1), block.tables, block.hidden[:, :, :, span])
+        total = batch * count
+        ids, positions = tokens.reshape(-1), block.positions[:, span].reshape(-1)
+        if total < _MIN_ROWS:
+            pad = _MIN_ROWS - total
+            ids, positions = (torch.cat((x, x.new_zeros(pad))) for x in (ids, positions))
+            rows = Rows(torch.cat((rows.kv_rows, self._scratch_rows(pad))), rows.tables, rows.hidden)
+        hidden = model.hidden(ids, positions, self._attention(model, rows))
+        return model.logits(hidden)[:total].view(batch, count, -1)
+
+    def _ragged(
+        self, model: Decoder, tokens: np.ndarray, positions: np.ndarray, valid: np.ndarray, tables: Tensor
+    ) -> Tensor:
+        """Hidden states of the `valid` entries of a `[B, S]` grid, row by row, then padding rows."""
+        place = np.flatnonzero(valid)
+        pad = max(0, _MIN_ROWS - len(place))
+        grid_positions = self._device(positions)
+        index = self._device(place)
+        kv_rows = self._kv_rows(tables, grid_positions, self._device(valid)).view(positions.size, -1)[index].flatten()
+        ids, flat = self._device(tokens.reshape(-1)[place]), grid_positions.flatten()[index]
+        if pad:
+            ids, flat = (torch.cat((x, x.new_zeros(pad))) for x in (ids, flat))
+            kv_rows = torch.cat((kv_rows, self._scratch_rows(pad)))
+            index = torch.cat((index, index.new_full((pad,), positions.size)))
+        rows = Rows(kv_rows, tables, hidden_mask(grid_positions, tables.shape[1], self.cache.block_size), index)
+        return model.hidden(ids, flat, self._attention(model, rows))
+
+    def _attention(self, model: Decoder, rows: Rows) -> PagedAttention:
+        return PagedAttention(self.cache, rows, sanitize=model is not self.target)
+
+    def _tables(self, tables: np.ndarray, tokens: np.ndarray) -> Tensor:
+        """Block tables cut or padded to what `tokens [B]` need; blocks past a sequence's own are scratch."""
+        count = -(-tokens // self.cache.block_size)
+        width = padded_blocks(int(count.max()))
+        if tables.shape[1] < width:
+            tables = np.pad(tables, ((0, 0), (0, width - tables.shape[1])), constant_values=self.cache.scratch_block)
+        return self._device(np.where(np.arange(width) < count[:, None], tables[:, :width], self.cache.scratch_block))
+
+    def _kv_rows(self, tables: Tensor, positions: Tensor, inside: Tensor) -> Tensor:
+        blocks = tables.gather(1, positions // self.cache.block_size)
+        blocks = torch.where(inside, blocks, self.cache.scratch_block)
+        return self.cache.rows(blocks.flatten(), (positions % self.cache.block_size).flatten())
+
+    def _scratch_rows(self, count: int) -> Tensor:
+        blocks = torch.full((count,), self.cache.scratch_block, device=self.device)
+        return self.cache.rows(blocks, torch.arange(count, device=self.device))
+
+    def _device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

@@ -1,0 +1,145 @@
+"""The policy's weights on the device, the drafter made from them, and how both move to the next version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout_spec.config import SpeculationConfig
+from rollout_spec.contracts import WeightError
+from rollout_spec.drafters.base import Drafter
+from rollout_spec.drafters.quantize import choose, get_quantizer, time_quantizers
+from rollout_spec.drafters.quantized import QuantizedSelfDrafter
+from rollout_spec.models.decoder import Decoder, DecoderWeights
+from rollout_spec.models.linear import make_linear
+from rollout_spec.models.rope import RotaryTable
+from rollout_spec.models.spec import ModelSpec
+from rollout_spec.models.weights import WeightAssembler, realize, weights_from_slots
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What a weight update cost.
+
+    Attributes:
+        version: The policy version now in force.
+        seconds: From the first tensor to the commit, waiting for the sender included.
+        quantize_seconds: The part spent quantizing the drafter.
+        tensors: Tensors received.
+        nbytes: Their bytes.
+    """
+
+    version: int
+    seconds: float
+    quantize_seconds: float
+    tensors: int
+    nbytes: int
+
+
+class PolicyWeights:
+    """Target and drafter, always of one version.
+
+    An update is a transaction: tensors are packed and quantized as they arrive, beside the weights in force, and
+    `commit` puts them all in force at once. A failed update leaves everything as it was. Its price is memory
+    for a second copy while it lasts.
+
+    Attributes:
+        target: The decoder; the same object for life, its `weights` are replaced.
+        drafter: The drafter, or None.
+        version: Policy version in force.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, speculation: SpeculationConfig, dtype: torch.dtype, device: torch.device,
+        max_model_len: int,
+    ) -> None:
+        self.spec, self.dtype, self.device = spec, dtype, device
+        self.version = -1
+        self.target = Decoder(spec, _NO_WEIGHTS, RotaryTable(spec, device, dtype, max_model_len))
+        self.drafter: Drafter | None = _make_drafter(spec, speculation, dtype, device)
+        self._staged: DecoderWeights | None = None
+
+    def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> UpdateReport:
+        """`stage`, then `commit`."""
+        report = self.stage(weights, version)
+        self.commit(report)
+        return report
+
+    @torch.inference_mode()
+    def stage(self, weights: Iterable[tuple[str, Tensor]], version: int) -> UpdateReport:
+        """Receive a complete set of named tensors; nothing is in force before `commit`.
+
+        Raises:
+            WeightError: A name, shape or dtype does not fit, or tensors are missing; what was received is forgotten.
+        """
+        if version <= self.version:
+            raise WeightError(f"version={version}: must be larger than the version in force, {self.version}")
+        start, tensors, nbytes, quantizing = time.perf_counter(), 0, 0, 0.0
+        assembler = WeightAssembler(self.spec, self.dtype, self.device)
+        make = partial(make_linear, device=self.device)
+        slots: dict[str, Any] = {}
+        try:
+            for name, tensor in weights:
+                for piece in assembler.feed(name, tensor):
+                    slots[piece.slot] = realize(piece, make)
+                    if self.drafter is not None:
+                        before = time.perf_counter()
+                        self.drafter.stage(piece)
+                        quantizing += time.perf_counter() - before
+                tensors, nbytes = tensors + 1, nbytes + tensor.nbytes
+            assembler.finish()
+        except BaseException:
+            if self.drafter is not None:
+                self.drafter.rollback()
+            raise
+        self._staged = weights_from_slots(self.spec, slots)
+        return UpdateReport(version, time.perf_counter() - start, quantizing, tensors, nbytes)
+
+    def commit(self, report: UpdateReport) -> None:
+        """Put what was staged in force."""
+        assert self._staged is not None, "nothing staged"
+        self.target.weights, self._staged = self._staged, None
+        self.version = report.version
+        if self.drafter is not None:
+            self.drafter.commit(self.target, report.version)
+
+    def discard(self) -> None:
+        """Free the weights (sleep level 2); the next update brings new ones."""
+        self.target.weights = _NO_WEIGHTS
+        if self.drafter is not None:
+            self.drafter.discard()
+
+
+_NO_WEIGHTS = DecoderWeights(torch.empty(0), (), torch.empty(0), lambda x: x)  # type: ignore[arg-type]
+
+
+def linear_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """(N, K) of every linear of the model, the head included."""
+    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
+    layer = [
+        (heads + 2 * spec.num_kv_heads * spec.head_dim, hidden),
+        (hidden, heads),
+        (2 * spec.intermediate_size, hidden),
+        (hidden, spec.intermediate_size),
+    ]
+    return layer * spec.num_layers + [(spec.padded_vocab_size, hidden)]
+
+
+def _make_drafter(
+    spec: ModelSpec, speculation: SpeculationConfig, dtype: torch.dtype, device: torch.device
+) -> Drafter | None:
+    kind = speculation.drafter
+    if kind == "auto":
+        width = speculation.draft_length + 1
+        timings = time_quantizers(linear_shapes(spec), device, dtype, rows=(1, max(width, 4)))
+        kind = choose(timings, speculation.draft_length).name
+    if kind == "none":
+        return None
+    quantizer = get_quantizer(kind, device, dtype)
+    return QuantizedSelfDrafter(quantizer, quantize_lm_head=speculation.quantize_lm_head)
