@@ -1,0 +1,1 @@
+"""Kinds of quantized linear. Import them through `rollout_spec.drafters.quantize`."""

@@ -1,0 +1,189 @@
+"""The two verifiers, and the draws their drafters make.
+
+`coupled`: every position's token is the target's own Gumbel-max choice under noise fixed by the row's key, so
+what is emitted does not depend on the drafter at all; a draft token is accepted iff it is that choice (Daliri
+et al. 2024). `rejection`: accept draft x with probability min(1, p(x)/q(x)), else draw from
+norm(max(p - q, 0)); a bonus token from p when all are accepted (Leviathan et al. 2023, Chen et al. 2023).
+
+p and q are processed distributions; plain decoding is either verifier with one row and no drafts. Whatever a
+drafter returns (NaN, infinities, token ids out of range), it cannot change what may be emitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rollout_spec.sampling.noise import Stream, exponential, uniform
+
+_BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+
+
+class Verdict(NamedTuple):
+    """tokens int64 [B, S]: the first emitted[b] of row b are emitted, the rest is meaningless but in range.
+    emitted and accepted, int64 [B]: emitted = accepted + 1."""
+
+    tokens: Tensor
+    emitted: Tensor
+    accepted: Tensor
+
+
+def verify_coupled(
+    target_logits: Tensor, drafts: Tensor | None, draft_lengths: Tensor | None, keys: Tensor | None
+) -> Verdict:
+    """Emit the target's own choices up to the first that differs from the draft.
+
+    Args:
+        target_logits: float32 [B, S, V], processed; S = K + 1.
+        drafts: int64 [B, K], or None when S = 1.
+        draft_lengths: int64 [B] in [0, K], or None when all K count.
+        keys: int64 [B, S] from `noise.row_keys`, or None when every row is greedy and needs no noise.
+    """
+    tokens = _choose(target_logits, keys)
+    if drafts is None:
+        accepted = torch.zeros_like(tokens[:, 0])
+    else:
+        accepted = _leading_run((tokens[:, : drafts.shape[1]] == drafts) & _is_drafted(drafts, draft_lengths))
+    return Verdict(tokens, accepted + 1, accepted)
+
+
+def draft_coupled(q_logits: Tensor, keys: Tensor | None) -> Tensor:
+    """The drafter's guess at the target's choice: its own logits, the same noise.
+
+    Args:
+        q_logits: float32 [B, S, V], processed; S = 1 in a draft step.
+        keys: int64 [B, S], those the target will use for these positions; None when every row is greedy.
+
+    Returns:
+        int64 [B, S].
+    """
+    return _choose(q_logits, keys)
+
+
+def _choose(logits: Tensor, keys: Tensor | None) -> Tensor:
+    return logits.argmax(-1) if keys is None else _by_rows(_race, logits, keys)
+
+
+def _race(logits: Tensor, keys: Tensor) -> Tensor:
+    """argmax(logits + gumbel) per row, as argmax(p / E) with E ~ Exp(1): no rounding at the logits' scale."""
+    return logits.softmax(-1).div_(exponential(keys, logits.shape[-1], Stream.TARGET)).argmax(-1)
+
+
+def _by_rows(draw: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor) -> Tensor:
+    """draw(x [R, V], noise [R]) over a few rows of x [B, S, V] and noise [B, S] at a time.
+
+    Scratch memory then stays in cache on CPU and bounded on CUDA.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    step = max(1, _BLOCK_ELEMENTS[x.device.type] // x.shape[-1])
+    return torch.cat([draw(*block) for block in zip(rows.split(step), noise.reshape(-1).split(step))]).view(
+        noise.shape
+    )
+
+
+def verify_rejection(
+    target_logits: Tensor,
+    drafts: Tensor | None,
+    draft_lengths: Tensor | None,
+    q_logits: Tensor | None,
+    keys: Tensor,
+) -> Verdict:
+    """Accept drafts by min(1, p/q); draw the next token from the residual, or from p after the last draft.
+
+    A draft counts as not proposed, and those after it, where q is not a distribution (NaN or infinite
+    logsumexp), where q gives the draft no probability, or where its id is out of range: the row is then drawn
+    from p.
+
+    Args:
+        target_logits: float32 [B, S, V], processed; S = K + 1.
+        drafts: int64 [B, K], or None when S = 1.
+        draft_lengths: int64 [B] in [0, K], or None when all K count; row draft_lengths[b] is the bonus row of b.
+        q_logits: float32 [B, K, V], the processed logits the drafts were drawn from; None when each draft was
+            the proposal's only choice.
+        keys: int64 [B, S].
+    """
+    if drafts is None or drafts.shape[1] == 0:
+        tokens = _draw(target_logits[:, :1], uniform(keys[:, :1], Stream.RESIDUAL))
+        accepted = torch.zeros_like(tokens[:, 0])
+        return Verdict(tokens, accepted + 1, accepted)
+    k, vocab_size = drafts.shape[1], target_logits.shape[-1]
+    proposed = _is_drafted(drafts, draft_lengths) & (drafts >= 0) & (drafts < vocab_size)
+    index = drafts.clamp(0, vocab_size - 1).unsqueeze(-1)
+    log_ratio = _log_prob(target_logits[:, :k], index)
+    if q_logits is not None:
+        log_q = _log_prob(q_logits, index)
+        proposed = proposed & log_q.isfinite()
+        log_ratio = log_ratio - log_q
+    lengths = _leading_run(proposed)
+    accept = uniform(keys[:, :k], Stream.ACCEPT).log() < log_ratio
+    accepted = torch.minimum(_leading_run(accept), lengths)
+
+    p = _row(target_logits, accepted).softmax(-1)
+    last = accepted.clamp_max(k - 1)
+    if q_logits is None:
+        q = torch.zeros_like(p).scatter_(-1, _row(index, last), 1.0)
+    else:
+        q = _row(q_logits, last).softmax(-1)
+    residual = (p - q).clamp_min_(0.0)
+    use_residual = (accepted < lengths)[:, None, None] & (residual.sum(-1, keepdim=True) > 0)
+    weights = torch.where(use_residual, residual, p)
+    key = keys.gather(1, accepted.unsqueeze(1))
+    following = _by_rows(_invert, weights, uniform(key, Stream.RESIDUAL))
+
+    tokens = torch.cat([index.squeeze(-1), following], 1)
+    tokens.scatter_(1, accepted.unsqueeze(1), following)
+    return Verdict(tokens, accepted + 1, accepted)
+
+
+def draft_rejection(q_logits: Tensor, keys: Tensor) -> Tensor:
+    """Draw drafts from q, with noise of their own.
+
+    Args:
+        q_logits: float32 [B, S, V], processed; S = 1 in a draft step.
+        keys: int64 [B, S], of the positions being drafted.
+
+    Returns:
+        int64 [B, S]; 0 where q is not a distribution.
+    """
+    return _draw(q_logits, uniform(keys, Stream.DRAFT))
+
+
+def _is_drafted(drafts: Tensor, draft_lengths: Tensor | None) -> Tensor:
+    if draft_lengths is None:
+        return torch.ones_like(drafts, dtype=torch.bool)
+    return torch.arange(drafts.shape[1], device=drafts.device) < draft_lengths.unsqueeze(1)
+
+
+def _leading_run(flags: Tensor) -> Tensor:
+    """Number of leading true entries per row: bool [B, K] to int64 [B]."""
+    return flags.to(torch.int64).cumprod(1).sum(1)
+
+
+def _log_prob(logits: Tensor, index: Tensor) -> Tensor:
+    return (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+
+
+def _row(x: Tensor, row: Tensor) -> Tensor:
+    """x[b, row[b]] for x [B, S, N] and row int64 [B]: [B, 1, N]."""
+    return x.gather(1, row[:, None, None].expand(-1, 1, x.shape[-1]))
+
+
+def _draw(logits: Tensor, u: Tensor) -> Tensor:
+    return _by_rows(lambda rows, u_rows: _invert(rows.softmax(-1), u_rows), logits, u)
+
+
+def _invert(weights: Tensor, u: Tensor) -> Tensor:
+    """Token i with probability weights[i] / sum, by inverting the distribution function in float64.
+
+    weights float32 [R, V] >= 0, u float64 [R] in (0, 1); returns int64 [R]. A token of weight zero is never
+    returned: where rounding would pick one (a parallel scan need not be monotone), the heaviest is.
+    """
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cdf, u.unsqueeze(-1) * cdf[:, -1:], right=True).clamp_max_(
+        weights.shape[-1] - 1
+    )
+    picked = weights.gather(-1, token) > 0
+    return torch.where(picked, token, weights.argmax(-1, keepdim=True)).squeeze(-1)
