@@ -54,7 +54,9 @@ class SpeculationConfig:
         if self.draft_length > 64:
             raise invalid("speculation.draft_length", self.draft_length, "use at most 64")
         if not 0.0 <= self.canary_min_acceptance <= 1.0:
-            raise invalid("speculation.canary_min_acceptance", self.canary_min_acceptance, "use a number in [0, 1]")
+            raise invalid(
+                "speculation.canary_min_acceptance", self.canary_min_acceptance, "use a number in [0, 1]"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ class EngineConfig:
         if self.block_size not in (16, 32, 64, 128):
             raise invalid("block_size", self.block_size, "use 16, 32, 64 or 128")
         if isinstance(self.speculation, Mapping):
-            object.__setattr__(self, "speculation", _from_mapping(SpeculationConfig, self.speculation, "speculation."))
+            object.__setattr__(
+                self, "speculation", _from_mapping(SpeculationConfig, self.speculation, "speculation.")
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
@@ -133,10 +137,10 @@ def _from_mapping(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 def _coerce(hint: Any, value: Any, name: str) -> Any:
     """Check `value` against a field's type; integers are fine where a float is meant, strings are not."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    options: tuple[Any, ...] = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
-    wanted = next(option for option in options if option is not type(None))
+    wanted: type = next(option for option in options if option is not type(None))
     if is_dataclass(wanted):
         if isinstance(value, wanted):
             return value

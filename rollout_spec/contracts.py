@@ -45,12 +45,13 @@ class FinishReason(str, Enum):
 def _number(name: str, value: object, low: float, high: float, remedy: str) -> None:
     """Check a real number in [low, high]; NaN, infinities, bools and non-numbers are refused."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not (is_number and low <= value <= high):  # type: ignore[operator]  # NaN fails both comparisons
         raise invalid(name, value, remedy)
 
 
 def _integer(name: str, value: object, low: int, high: float, remedy: str) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (is_integer and low <= value <= high):  # type: ignore[operator]
         raise invalid(name, value, remedy)
 
 
@@ -116,14 +117,24 @@ class SamplingParams:
         _integer("top_k", self.top_k, -1, 2**31 - 1, "use a positive integer, or 0 or -1 to keep all tokens")
         _number("top_p", self.top_p, 0.0, 1.0, "use a number in (0, 1]; 1 keeps all tokens")
         if self.top_p == 0:
-            raise invalid("top_p", self.top_p, "use a number in (0, 1]; for greedy decoding set temperature=0")
+            raise invalid(
+                "top_p", self.top_p, "use a number in (0, 1]; for greedy decoding set temperature=0"
+            )
         _number("min_p", self.min_p, 0.0, 1.0, "use a number in [0, 1]; 0 keeps all tokens")
-        _number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "use a number in [1e-3, 1e3]; 1 is off")
+        _number(
+            "repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "use a number in [1e-3, 1e3]; 1 is off"
+        )
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0, "use a number in [-2, 2]; 0 is off")
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0, "use a number in [-2, 2]; 0 is off")
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1, "use an integer >= 0")
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1, "use an integer >= 1, or None for the context's end")
+            _integer(
+                "max_tokens",
+                self.max_tokens,
+                1,
+                2**31 - 1,
+                "use an integer >= 1, or None for the context's end",
+            )
             if self.min_tokens > self.max_tokens:
                 raise invalid("min_tokens", self.min_tokens, f"must not exceed max_tokens={self.max_tokens}")
         if self.seed is not None:
@@ -151,7 +162,9 @@ class SamplingParams:
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
-                raise InvalidRequest(f"{name}={values[name]!r}: unknown sampling parameter; known: {', '.join(known)}")
+                raise InvalidRequest(
+                    f"{name}={values[name]!r}: unknown sampling parameter; known: {', '.join(known)}"
+                )
         return cls(**values)  # type: ignore[arg-type]
 
 

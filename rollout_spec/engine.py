@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -93,7 +93,10 @@ class RolloutEngine:
     """
 
     def __init__(
-        self, backend: TorchBackend, config: EngineConfig, tokenizer: PreTrainedTokenizerBase | None,
+        self,
+        backend: TorchBackend,
+        config: EngineConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
         update: UpdateReport,
     ) -> None:
         self.backend, self.config, self.tokenizer = backend, config, tokenizer
@@ -112,13 +115,19 @@ class RolloutEngine:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, config: EngineConfig | Mapping[str, Any] | None = None, **options: Any
+        cls,
+        path: str | Path,
+        config: EngineConfig | Mapping[str, Any] | None = None,
+        *,
+        version: int = 0,
+        **options: Any,
     ) -> RolloutEngine:
         """Load a Hugging Face checkpoint folder (safetensors) and, if there is one, its tokenizer.
 
         Args:
             path: Folder with `config.json`, safetensors and, usually, tokenizer files.
             config: An `EngineConfig` or a mapping with its names.
+            version: Policy version of these weights (a trainer that resumes passes its step).
             **options: Single `EngineConfig` fields, overriding `config`.
 
         Raises:
@@ -127,7 +136,8 @@ class RolloutEngine:
             InvalidRequest: A configuration value is wrong.
         """
         spec = ModelSpec.from_hf_config(read_config(path))
-        return cls._build(spec, read_checkpoint(path), _config(config, options), _load_tokenizer(Path(path)))
+        tokenizer = _load_tokenizer(Path(path))
+        return cls._build(spec, read_checkpoint(path), _config(config, options), tokenizer, version)
 
     @classmethod
     def from_model(
@@ -137,16 +147,21 @@ class RolloutEngine:
         *,
         hf_config: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        version: int = 0,
         **options: Any,
     ) -> RolloutEngine:
         """Take the weights of a `transformers` module, or a state dict with its `hf_config`; they are copied."""
         spec, tensors = state_dict_from(model, hf_config)
-        return cls._build(spec, tensors, _config(config, options), tokenizer)
+        return cls._build(spec, tensors, _config(config, options), tokenizer, version)
 
     @classmethod
     def _build(
-        cls, spec: ModelSpec, tensors: Iterable[tuple[str, Tensor]], config: EngineConfig,
+        cls,
+        spec: ModelSpec,
+        tensors: Iterable[tuple[str, Tensor]],
+        config: EngineConfig,
         tokenizer: PreTrainedTokenizerBase | None,
+        version: int,
     ) -> RolloutEngine:
         device = _device(config.device)
         dtype = spec.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -158,7 +173,7 @@ class RolloutEngine:
             return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
         backend = TorchBackend(spec, config, dtype, device, decode_text if tokenizer is not None else None)
-        update = backend.start(tensors)
+        update = backend.start(tensors, version)
         return cls(backend, config, tokenizer, update)
 
     # --- generation ------------------------------------------------------------------------------------
@@ -241,14 +256,18 @@ class RolloutEngine:
             ids = list(self._live) if request_ids is None else list(request_ids)
             for request_id in ids:
                 if request_id not in self._live:
-                    raise invalid("request_ids", request_id, "not in flight; pass ids given to generate or stream")
+                    raise invalid(
+                        "request_ids", request_id, "not in flight; pass ids given to generate or stream"
+                    )
                 samples = self._live.pop(request_id)
                 self.backend.abort(samples)
             self._changed.notify_all()
 
     # --- weights and memory ----------------------------------------------------------------------------
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int | None = None) -> UpdateReport:
+    def update_weights(
+        self, weights: Iterable[tuple[str, Tensor]], version: int | None = None
+    ) -> UpdateReport:
         """Replace the policy by a complete set of named tensors (Hugging Face names, any order).
 
         Tensors are packed, and quantized for the drafter, as they arrive, while generation goes on with the old
@@ -339,9 +358,9 @@ class RolloutEngine:
         request_ids: Sequence[str] | None,
     ) -> tuple[list[np.ndarray], list[SamplingParams], list[str] | None]:
         """Validate everything before anything starts."""
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        tokens = [self._token_ids(prompt, row) for row, prompt in enumerate(prompts)]  # type: ignore[arg-type]
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        listed = cast("Sequence[Prompt]", [prompts] if single else prompts)
+        tokens = [self._token_ids(prompt, row) for row, prompt in enumerate(listed)]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(tokens)
         else:
@@ -349,7 +368,9 @@ class RolloutEngine:
         ids = None if request_ids is None else list(request_ids)
         for name, values in (("sampling_params", params), ("seeds", seeds), ("request_ids", ids)):
             if values is not None and len(values) != len(tokens):
-                raise InvalidRequest(f"{name}: {len(values)} given for {len(tokens)} prompts; give one per prompt")
+                raise InvalidRequest(
+                    f"{name}: {len(values)} given for {len(tokens)} prompts; give one per prompt"
+                )
         if n is not None:
             params = [replace(p, n=n) for p in params]
         if seeds is not None:
@@ -409,8 +430,16 @@ class RolloutEngine:
             groups = []
             for row, (tokens, p) in enumerate(zip(prompts, params, strict=True)):
                 request_id = ids[row] if ids else f"request-{next(self._ids)}"
-                key = fold(self.config.seed, *(() if p.seed is None else (p.seed,)), *self._identity(tokens, p, ids, row))
-                limit = min(len(tokens) + (p.max_tokens or backend.max_model_len), backend.max_model_len, backend.kv_tokens)
+                key = fold(
+                    self.config.seed,
+                    *(() if p.seed is None else (p.seed,)),
+                    *self._identity(tokens, p, ids, row),
+                )
+                limit = min(
+                    len(tokens) + (p.max_tokens or backend.max_model_len),
+                    backend.max_model_len,
+                    backend.kv_tokens,
+                )
                 ends = p.stop_token_ids + (() if p.ignore_eos else backend.spec.eos_token_ids)
                 prompt = backend.scheduler.prompt(tokens)
                 group = [
@@ -473,7 +502,9 @@ class RolloutEngine:
 
     def _completion(self, sample: Sample) -> Completion:
         assert sample.finish_reason is not None
-        text = self.tokenizer.decode(sample.output, skip_special_tokens=True) if self.tokenizer is not None else ""
+        text = ""
+        if self.tokenizer is not None:
+            text = str(self.tokenizer.decode(sample.output.tolist(), skip_special_tokens=True))
         if isinstance(sample.stop_reason, str):
             text = text[: text.find(sample.stop_reason)]
         starts = [*sample.version_starts, (len(sample.output), -1)]

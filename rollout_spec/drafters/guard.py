@@ -65,7 +65,9 @@ class DrafterGuard:
             return False
         if drafter.version != version:
             self._report(
-                "stale", f"drafter {drafter.name} was made from policy version {drafter.version}, not {version}", version
+                "stale",
+                f"drafter {drafter.name} was made from policy version {drafter.version}, not {version}",
+                version,
             )
             return False
         return True
@@ -74,7 +76,9 @@ class DrafterGuard:
         """The drafter's proposal, or None if it raised."""
         try:
             return drafter.propose(round)
-        except Exception as error:  # a guest's failure must not end the rollout; it is reported with its cause
+        except (
+            Exception
+        ) as error:  # a guest's failure must not end the rollout; it is reported with its cause
             cause = f"drafter {drafter.name} raised {type(error).__name__}: {error}"
             self._report("raised", cause, drafter.version, error)
             return None
@@ -94,7 +98,11 @@ class DrafterGuard:
         self._contexts.append(tokens[-_CONTEXT_TOKENS:])
 
     def after_update(
-        self, drafter: Drafter | None, version: int, compare: Callable[[np.ndarray], tuple[Tensor, Tensor] | None]
+        self,
+        drafter: Drafter | None,
+        version: int,
+        compare: Callable[[np.ndarray], tuple[Tensor, Tensor] | None],
+        error: Exception | None = None,
     ) -> None:
         """Start afresh after a weight update, and run the canary.
 
@@ -103,9 +111,14 @@ class DrafterGuard:
             version: Policy version in force.
             compare: Context `[T]` to target and drafter logits `[T, V]` after each token; None if it cannot
                 be run now.
+            error: Why the drafter could not be updated, if it could not.
         """
         self._set_aside, self._drafted, self._accepted = False, 0, 0
         self.canary_acceptance = None
+        if drafter is not None and error is not None:
+            self._report(
+                "raised", f"updating drafter {drafter.name}: {type(error).__name__}: {error}", version, error
+            )
         if not self.config.canary or not self.usable(drafter, version):
             return
         acceptances = []

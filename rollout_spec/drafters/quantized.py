@@ -39,12 +39,18 @@ class QuantizedSelfDrafter:
         return self._model
 
     def stage(self, piece: Piece) -> None:
-        if is_linear(piece.slot) and (piece.slot != "lm_head" or self._quantize_lm_head):
+        if self._is_quantized(piece.slot):
             self._staged[piece.slot] = self._quantizer.quantize(piece.weight, piece.bias)
 
     def commit(self, target: Decoder, version: int) -> None:
+        slots = slots_of(target.weights)
+        wanted = {slot for slot in slots if self._is_quantized(slot)}
+        if wanted != self._staged.keys():
+            raise RuntimeError(
+                f"{len(wanted - self._staged.keys())} of {len(wanted)} linears were not staged"
+            )
         self.linears, self._staged, self.version = self._staged, {}, version
-        slots = slots_of(target.weights) | self.linears
+        slots |= self.linears
         self._model = Decoder(target.spec, weights_from_slots(target.spec, slots), target.rope)
 
     def rollback(self) -> None:
@@ -52,6 +58,9 @@ class QuantizedSelfDrafter:
 
     def discard(self) -> None:
         self.linears, self._model, self.version = {}, None, -1
+
+    def _is_quantized(self, slot: str) -> bool:
+        return is_linear(slot) and (slot != "lm_head" or self._quantize_lm_head)
 
     def propose(self, round: DraftRound) -> Proposal:
         tokens = round.last_tokens[:, None]

@@ -92,7 +92,7 @@ class SamplingBatch:
     Attributes:
         stages: What any of them uses.
         key: int64 [B], the noise base for `noise.row_keys`.
-        temperature, top_p, min_p, repetition, presence, frequency: float32 [B].
+        temperature, tail, min_p, repetition, presence, frequency: float32 [B]; tail is 1 - top_p.
         top_k: int64 [B], 0 for off.
         min_tokens, output_length: int64 [B].
         counts: int32 [B, V], output tokens so far. With `in_prompt`, bool [B, V], present if penalties are used.
@@ -104,7 +104,7 @@ class SamplingBatch:
     key: Tensor
     temperature: Tensor
     top_k: Tensor
-    top_p: Tensor
+    tail: Tensor
     min_p: Tensor
     repetition: Tensor
     presence: Tensor
@@ -143,7 +143,7 @@ class SamplingBatch:
         if use.top_k:
             scores = _cut_top_k(scores, self.top_k, use.top_k)
         if use.top_p:
-            scores = _cut_top_p(scores, self.top_p)
+            scores = _cut_top_p(scores, self.tail)
         if use.min_p:
             threshold = scores.amax(-1, keepdim=True) + self.min_p.log()[:, None, None]
             scores = scores.masked_fill(scores < threshold, _NEG_INF)
@@ -201,31 +201,32 @@ def _cut_top_k(scores: Tensor, top_k: Tensor, largest_k: int) -> Tensor:
     return scores.masked_fill(scores < threshold, _NEG_INF)
 
 
-def _cut_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
-    """Keep a token iff the tokens ranked above it have mass < top_p (transformers' TopPLogitsWarper).
+def _cut_top_p(scores: Tensor, tail: Tensor) -> Tensor:
+    """Drop a token iff it and all that rank below it weigh <= tail = 1 - top_p (transformers' TopPLogitsWarper).
 
     Equal scores rank by index, the higher index first, as a stable ascending sort leaves them.
     """
     probs = scores.softmax(-1)
-    values, ids = _ranked(scores, probs, top_p)
+    values, ids = _ranked(scores, probs, tail)
     mass = probs.gather(-1, ids).double()
-    above = mass.cumsum(-1) - mass
-    values = values.masked_fill(above >= top_p[:, None, None], _NEG_INF)
+    not_above = probs.sum(-1, keepdim=True, dtype=torch.float64) - mass.cumsum(-1) + mass
+    dropped = not_above <= tail[:, None, None]
+    dropped[..., 0] = False
+    values = values.masked_fill(dropped, _NEG_INF)
     cut = torch.full_like(scores, _NEG_INF).scatter_(-1, ids, values)
-    return torch.where((top_p < 1)[:, None, None], cut, scores)
+    return torch.where((tail > 0)[:, None, None], cut, scores)
 
 
-def _ranked(scores: Tensor, probs: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+def _ranked(scores: Tensor, probs: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
     """Scores and token ids in falling order, equal scores by falling index: each [B, S, C].
 
     On CUDA all V are sorted. On CPU, where reading a number back costs nothing, only those that can be kept: all
-    tokens with p < (1 - top_p) / V together weigh less than 1 - top_p, so none of them is.
+    tokens with p < tail / V together weigh less than tail, so none of them is.
     """
     if scores.is_cuda:
         values, ids = scores.sort(dim=-1, stable=True)
         return values.flip(-1), ids.flip(-1)
-    floor = (1 - top_p) / scores.shape[-1] * 0.999
-    floor = floor.masked_fill(top_p >= 1, 2.0)
+    floor = (tail / scores.shape[-1] * 0.999).masked_fill(tail == 0, 2.0)
     candidates = int((probs >= floor[:, None, None]).sum(-1).max())
     ids = scores.topk(max(candidates, 1)).indices.sort(-1, descending=True).values
     values, order = scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True)

@@ -62,7 +62,7 @@ def process(
     if params.top_p < 1:
         probs, above = softmax(scores), 0.0
         for token in sorted(range(len(scores)), key=lambda i: (scores[i], i), reverse=True):
-            if above >= params.top_p:
+            if above > 0 and 1 - above <= 1 - params.top_p:
                 scores[token] = -np.inf
             above += probs[token]
     if params.min_p > 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rollout_spec.contracts import SamplingParams, invalid
 from rollout_spec.sampling.pipeline import SamplingBatch, Stages
 
-_FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+_FLOATS = ("temperature", "tail", "min_p", "repetition", "presence", "frequency")
 _INTS = ("key", "top_k", "min_tokens", "output_length")
 _OUTPUT_LENGTH = _INTS.index("output_length")
 
@@ -91,7 +91,7 @@ class SamplingTable:
 
         floats = {
             "temperature": params.temperature,
-            "top_p": params.top_p if stages.top_p else 1.0,
+            "tail": 1 - params.top_p if stages.top_p else 0.0,
             "min_p": params.min_p if stages.min_p else 0.0,
             "repetition": params.repetition_penalty,
             "presence": params.presence_penalty,

@@ -83,12 +83,18 @@ class PagedAttention:
             q = grid[:-1]
         else:
             q = q[: batch * queries]
-        q = q.view(batch, queries, self.cache.kv_heads, heads // self.cache.kv_heads, head_dim).transpose(1, 2)
+        q = q.view(batch, queries, self.cache.kv_heads, heads // self.cache.kv_heads, head_dim).transpose(
+            1, 2
+        )
         attend = _fixed_order if q.device.type == "cpu" else _stock
-        out = attend(q, self.cache, layer, self.rows).transpose(1, 2).reshape(batch * queries, heads * head_dim)
+        out = (
+            attend(q, self.cache, layer, self.rows).transpose(1, 2).reshape(batch * queries, heads * head_dim)
+        )
         if self.rows.scatter is not None:
             return torch.cat((out, out.new_zeros(1, heads * head_dim))).index_select(0, self.rows.scatter)
-        return out if len(out) == count else torch.cat((out, out.new_zeros(count - len(out), heads * head_dim)))
+        return (
+            out if len(out) == count else torch.cat((out, out.new_zeros(count - len(out), heads * head_dim)))
+        )
 
 
 def _gather(pages: Tensor, tables: Tensor) -> Tensor:

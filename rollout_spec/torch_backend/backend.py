@@ -59,23 +59,37 @@ class TorchBackend:
     """
 
     def __init__(
-        self, spec: ModelSpec, config: EngineConfig, dtype: torch.dtype, device: torch.device,
+        self,
+        spec: ModelSpec,
+        config: EngineConfig,
+        dtype: torch.dtype,
+        device: torch.device,
         decode_text: Callable[[list[int]], str] | None,
     ) -> None:
         self.spec, self.config, self.dtype, self.device = spec, config, dtype, device
         self.max_model_len = config.max_model_len or spec.max_positions
         if self.max_model_len > spec.max_positions:
-            raise invalid("max_model_len", self.max_model_len, f"the model's own limit is {spec.max_positions}")
+            raise invalid(
+                "max_model_len", self.max_model_len, f"the model's own limit is {spec.max_positions}"
+            )
         self._decode_text = decode_text
         self.guard = DrafterGuard(config.speculation)
         self.weights = PolicyWeights(spec, config.speculation, dtype, device, self.max_model_len)
         self.policy: DraftLengthPolicy = FixedDraftLength(config.speculation.draft_length)
         self.times = StepTimes()
         self.cache = KVCache(
-            spec.num_layers, self._kv_blocks(), spec.num_kv_heads, config.block_size, spec.head_dim, dtype, device
+            spec.num_layers,
+            self._kv_blocks(),
+            spec.num_kv_heads,
+            config.block_size,
+            spec.head_dim,
+            dtype,
+            device,
         )
         self.pool = BlockPool(self.cache.num_blocks)
-        self.slots = Slots(config.max_num_seqs, self.max_model_len, config.block_size, self.cache.scratch_block)
+        self.slots = Slots(
+            config.max_num_seqs, self.max_model_len, config.block_size, self.cache.scratch_block
+        )
         self.table = SamplingTable(config.max_num_seqs, spec.padded_vocab_size, device, spec.vocab_size)
         self.scheduler = Scheduler(
             self.slots, self.pool, config.prefill_chunk, self.cache.copy_block, self.table.release
@@ -83,9 +97,10 @@ class TorchBackend:
         self.runner = Runner(self.weights.target, self.cache, device)
         self.row_invariant = self.coupled = False
 
-    def start(self, weights: Iterable[tuple[str, Tensor]]) -> UpdateReport:
-        """Load the first weights (version 0), probe the numerics and settle on a verifier."""
-        report = self.weights.update(weights, version=0)
+    def start(self, weights: Iterable[tuple[str, Tensor]], version: int) -> UpdateReport:
+        """Load the first weights, probe the numerics and settle on a verifier."""
+        report = self.weights.update(weights, version)
+        self._drafter_follows()
         self.row_invariant = row_invariance(self.runner, self.pool)
         verifier = self.config.speculation.verifier
         self.coupled = verifier == "coupled" or (verifier == "auto" and self.row_invariant)
@@ -101,7 +116,9 @@ class TorchBackend:
         blocks = min(wanted, self.config.kv_cache_bytes // block_bytes)
         if blocks < 1:
             raise invalid(
-                "kv_cache_bytes", self.config.kv_cache_bytes, f"one block of the KV cache takes {block_bytes} bytes"
+                "kv_cache_bytes",
+                self.config.kv_cache_bytes,
+                f"one block of the KV cache takes {block_bytes} bytes",
             )
         return blocks
 
@@ -149,7 +166,7 @@ class TorchBackend:
         self.weights.commit(report)
         self.scheduler.preempt_all()
         self.cache.clear()
-        self.guard.after_update(self.weights.drafter, self.weights.version, self._compare)
+        self._drafter_follows()
 
     def sleep(self, *, discard_weights: bool = False) -> None:
         """Give up the KV cache, and the weights if asked; samples in flight wait and recompute."""
@@ -170,6 +187,10 @@ class TorchBackend:
             return self.runner.score(model, tokens, blocks)[:, : self.spec.vocab_size]
         finally:
             self.pool.free(blocks)
+
+    def _drafter_follows(self) -> None:
+        weights = self.weights
+        self.guard.after_update(weights.drafter, weights.version, self._compare, weights.drafter_error)
 
     def _compare(self, context: np.ndarray) -> tuple[Tensor, Tensor] | None:
         drafter = self.weights.drafter
@@ -238,7 +259,12 @@ class TorchBackend:
         return verdict, torch.stack(token_logprobs(raw, processed, verdict.tokens))
 
     def _append(
-        self, rows: np.ndarray, draft_lengths: np.ndarray, verdict: verify.Verdict, logprobs: Tensor, raw: Tensor,
+        self,
+        rows: np.ndarray,
+        draft_lengths: np.ndarray,
+        verdict: verify.Verdict,
+        logprobs: Tensor,
+        raw: Tensor,
         proposal: Proposal | None,
     ) -> list[Sample]:
         """Bring the verdict to the host, once, and record it."""
@@ -312,7 +338,11 @@ class TorchBackend:
     def _assign(self, sample: Sample) -> None:
         assert sample.slot is not None
         self.table.assign(
-            sample.slot, sample.params, sample.prompt.tokens.tolist(), sample.output.tolist(), sample.end_tokens,
+            sample.slot,
+            sample.params,
+            sample.prompt.tokens.tolist(),
+            sample.output.tolist(),
+            sample.end_tokens,
             sample.noise_key,
         )
 

@@ -55,10 +55,21 @@ class KVCache:
     """
 
     def __init__(
-        self, num_layers: int, num_blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype,
+        self,
+        num_layers: int,
+        num_blocks: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_blocks, self.kv_heads, self.block_size, self.head_dim = num_blocks, kv_heads, block_size, head_dim
+        self.num_blocks, self.kv_heads, self.block_size, self.head_dim = (
+            num_blocks,
+            kv_heads,
+            block_size,
+            head_dim,
+        )
         self._shape = (num_layers, num_blocks + 1, kv_heads, block_size, head_dim)
         self._dtype, self._device = dtype, device
         self._head_offsets = torch.arange(kv_heads, device=device) * block_size

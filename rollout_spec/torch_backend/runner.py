@@ -119,13 +119,19 @@ class Runner:
         pad = max(0, _MIN_ROWS - len(place))
         grid_positions = self._device(positions)
         index = self._device(place)
-        kv_rows = self._kv_rows(tables, grid_positions, self._device(valid)).view(positions.size, -1)[index].flatten()
+        kv_rows = (
+            self._kv_rows(tables, grid_positions, self._device(valid))
+            .view(positions.size, -1)[index]
+            .flatten()
+        )
         ids, flat = self._device(tokens.reshape(-1)[place]), grid_positions.flatten()[index]
         if pad:
             ids, flat = (torch.cat((x, x.new_zeros(pad))) for x in (ids, flat))
             kv_rows = torch.cat((kv_rows, self._scratch_rows(pad)))
             index = torch.cat((index, index.new_full((pad,), positions.size)))
-        rows = Rows(kv_rows, tables, hidden_mask(grid_positions, tables.shape[1], self.cache.block_size), index)
+        rows = Rows(
+            kv_rows, tables, hidden_mask(grid_positions, tables.shape[1], self.cache.block_size), index
+        )
         return model.hidden(ids, flat, self._attention(model, rows))
 
     def _attention(self, model: Decoder, rows: Rows) -> PagedAttention:
@@ -136,8 +142,12 @@ class Runner:
         count = -(-tokens // self.cache.block_size)
         width = padded_blocks(int(count.max()))
         if tables.shape[1] < width:
-            tables = np.pad(tables, ((0, 0), (0, width - tables.shape[1])), constant_values=self.cache.scratch_block)
-        return self._device(np.where(np.arange(width) < count[:, None], tables[:, :width], self.cache.scratch_block))
+            tables = np.pad(
+                tables, ((0, 0), (0, width - tables.shape[1])), constant_values=self.cache.scratch_block
+            )
+        return self._device(
+            np.where(np.arange(width) < count[:, None], tables[:, :width], self.cache.scratch_block)
+        )
 
     def _kv_rows(self, tables: Tensor, positions: Tensor, inside: Tensor) -> Tensor:
         blocks = tables.gather(1, positions // self.cache.block_size)

@@ -37,7 +37,11 @@ class Scheduler:
     """
 
     def __init__(
-        self, slots: Slots, pool: BlockPool, chunk: int, copy_block: Callable[[int, int], None],
+        self,
+        slots: Slots,
+        pool: BlockPool,
+        chunk: int,
+        copy_block: Callable[[int, int], None],
         on_release: Callable[[int], None],
     ) -> None:
         self.slots, self.pool, self.chunk = slots, pool, chunk

@@ -143,7 +143,9 @@ class Slots:
         """Blocks each slot lacks to hold `lengths` tokens."""
         return -(-lengths // self.block_size) - self.num_blocks[slots]
 
-    def append(self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+    def append(
+        self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray, logprobs: np.ndarray
+    ) -> np.ndarray:
         """Append each slot's first `emitted` tokens, up to and including the first end token.
 
         Args:
@@ -157,14 +159,16 @@ class Slots:
         """
         width = tokens.shape[1]
         columns = np.arange(width)
-        ends = (tokens[:, :, None] == self.end_tokens[slots][:, None, :]).any(-1) & (columns < emitted[:, None])
+        ends = (tokens[:, :, None] == self.end_tokens[slots][:, None, :]).any(-1) & (
+            columns < emitted[:, None]
+        )
         ended = ends.any(1)
         emitted = np.where(ended, ends.argmax(1) + 1, emitted)
         self._reserve_columns(int((self.length[slots] + emitted).max()))
         row, column = np.nonzero(columns < emitted[:, None])
-        place = slots[row], self.length[slots][row] + column
-        self.tokens[place] = tokens[row, column]
-        self.logprobs[(slice(None), *place)] = logprobs[:, row, column]
+        place, at = slots[row], self.length[slots][row] + column
+        self.tokens[place, at] = tokens[row, column]
+        self.logprobs[:, place, at] = logprobs[:, row, column]
         self.length[slots] += emitted
         self.computed[slots] = self.length[slots] - 1
         return np.where(ended, -emitted, emitted)

@@ -52,17 +52,24 @@ class PolicyWeights:
     Attributes:
         target: The decoder; the same object for life, its `weights` are replaced.
         drafter: The drafter, or None.
+        drafter_error: Why the drafter could not follow the last update, or None. The policy's update does not
+            fail with it: the drafter stays behind, and the guard sets it aside.
         version: Policy version in force.
     """
 
     def __init__(
-        self, spec: ModelSpec, speculation: SpeculationConfig, dtype: torch.dtype, device: torch.device,
+        self,
+        spec: ModelSpec,
+        speculation: SpeculationConfig,
+        dtype: torch.dtype,
+        device: torch.device,
         max_model_len: int,
     ) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.version = -1
         self.target = Decoder(spec, _NO_WEIGHTS, RotaryTable(spec, device, dtype, max_model_len))
         self.drafter: Drafter | None = _make_drafter(spec, speculation, dtype, device)
+        self.drafter_error: Exception | None = None
         self._staged: DecoderWeights | None = None
 
     def update(self, weights: Iterable[tuple[str, Tensor]], version: int) -> UpdateReport:
@@ -78,9 +85,12 @@ class PolicyWeights:
         Raises:
             WeightError: A name, shape or dtype does not fit, or tensors are missing; what was received is forgotten.
         """
-        if version <= self.version:
-            raise WeightError(f"version={version}: must be larger than the version in force, {self.version}")
+        if isinstance(version, bool) or not isinstance(version, int) or version <= self.version:
+            raise WeightError(
+                f"version={version!r}: use an integer larger than the version in force, {self.version}"
+            )
         start, tensors, nbytes, quantizing = time.perf_counter(), 0, 0, 0.0
+        drafter, self.drafter_error = self.drafter, None
         assembler = WeightAssembler(self.spec, self.dtype, self.device)
         make = partial(make_linear, device=self.device)
         slots: dict[str, Any] = {}
@@ -88,15 +98,18 @@ class PolicyWeights:
             for name, tensor in weights:
                 for piece in assembler.feed(name, tensor):
                     slots[piece.slot] = realize(piece, make)
-                    if self.drafter is not None:
-                        before = time.perf_counter()
-                        self.drafter.stage(piece)
-                        quantizing += time.perf_counter() - before
+                    before = time.perf_counter()
+                    if drafter is not None and self.drafter_error is None:
+                        try:
+                            drafter.stage(piece)
+                        except Exception as error:
+                            self.drafter_error = error
+                    quantizing += time.perf_counter() - before
                 tensors, nbytes = tensors + 1, nbytes + tensor.nbytes
             assembler.finish()
         except BaseException:
-            if self.drafter is not None:
-                self.drafter.rollback()
+            if drafter is not None:
+                drafter.rollback()
             raise
         self._staged = weights_from_slots(self.spec, slots)
         return UpdateReport(version, time.perf_counter() - start, quantizing, tensors, nbytes)
@@ -106,8 +119,11 @@ class PolicyWeights:
         assert self._staged is not None, "nothing staged"
         self.target.weights, self._staged = self._staged, None
         self.version = report.version
-        if self.drafter is not None:
-            self.drafter.commit(self.target, report.version)
+        if self.drafter is not None and self.drafter_error is None:
+            try:
+                self.drafter.commit(self.target, report.version)
+            except Exception as error:
+                self.drafter_error = error
 
     def discard(self) -> None:
         """Free the weights (sleep level 2); the next update brings new ones."""

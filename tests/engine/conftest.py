@@ -21,10 +21,10 @@ class CharTokenizer:
 
 def make_model(seed=0, **overrides):
     torch.manual_seed(seed)
-    sizes = dict(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": True,
+    }  # fmt: skip
     model = Qwen3ForCausalLM(Qwen3Config(**(sizes | overrides), eos_token_id=EOS)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,14 +42,15 @@ def model():
 def make_engine(model):
     """An engine on the tiny model; options as for EngineConfig, `speculation` as a dict or a drafter's name."""
 
-    def make(policy=None, speculation="nf4", **options):
+    def make(policy=None, speculation="nf4", version=0, **options):
         if isinstance(speculation, str):
             speculation = {"drafter": speculation}
         speculation = {"canary_min_acceptance": 0.0} | speculation
         options = {"dtype": "float32", "block_size": 16, "max_num_seqs": 32} | options
         return RolloutEngine.from_model(
-            policy if policy is not None else model, speculation=speculation, tokenizer=CharTokenizer(), **options
-        )
+            policy if policy is not None else model, speculation=speculation, tokenizer=CharTokenizer(), version=version,
+            **options,
+        )  # fmt: skip
 
     return make
 

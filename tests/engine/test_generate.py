@@ -39,7 +39,9 @@ def test_greedy_is_transformers_greedy(model, engine, prompts):
 
 def test_completions_come_in_order_of_prompts_and_samples(engine, prompts):
     completions = engine.generate(prompts, SamplingParams(n=3, max_tokens=5))
-    assert [completion.prompt_token_ids for completion in completions] == [p for p in prompts for _ in range(3)]
+    assert [completion.prompt_token_ids for completion in completions] == [
+        p for p in prompts for _ in range(3)
+    ]
     assert [completion.index for completion in completions] == [0, 1, 2] * len(prompts)
 
 
@@ -93,15 +95,21 @@ def test_end_tokens_and_minimum_length(engine, prompts):
     for completion in engine.generate(prompts, biased):
         assert len(completion.token_ids) == 5 and completion.token_ids[-1] == EOS
         assert completion.finish_reason is FinishReason.STOP and completion.stop_reason is None
-    for completion in engine.generate(prompts, SamplingParams(logit_bias={EOS: 100.0}, max_tokens=9, ignore_eos=True)):
+    for completion in engine.generate(
+        prompts, SamplingParams(logit_bias={EOS: 100.0}, max_tokens=9, ignore_eos=True)
+    ):
         assert completion.token_ids == [EOS] * 9 and completion.finish_reason is FinishReason.LENGTH
-    for completion in engine.generate(prompts, SamplingParams(logit_bias={5: 100.0}, stop_token_ids=[5], max_tokens=9)):
+    for completion in engine.generate(
+        prompts, SamplingParams(logit_bias={5: 100.0}, stop_token_ids=[5], max_tokens=9)
+    ):
         assert completion.token_ids == [5] and completion.stop_reason == 5
 
 
 def test_stop_strings_leave_no_token_behind(make_engine, prompts):
     engine = make_engine()
-    plain = engine.generate(prompts, SamplingParams(max_tokens=60, ignore_eos=True), request_ids=list("abcdef"))
+    plain = engine.generate(
+        prompts, SamplingParams(max_tokens=60, ignore_eos=True), request_ids=list("abcdef")
+    )
     for completion, letter in zip(plain, "abcdef", strict=True):
         stop = completion.text[17:20]
         params = SamplingParams(max_tokens=60, ignore_eos=True, stop=[stop])
@@ -166,7 +174,9 @@ def test_speculation_batching_memory_and_chunks_do_not_change_a_token(make_engin
     for name, engine in engines.items():
         assert tokens(engine.generate(prompts, params, n=4, request_ids=ids)) == reference, name
         engine.backend.policy = RandomDraftLength(seed=3)
-        assert tokens(engine.generate(prompts, params, n=4, request_ids=ids)) == reference, f"{name}, K at random"
+        assert tokens(engine.generate(prompts, params, n=4, request_ids=ids)) == reference, (
+            f"{name}, K at random"
+        )
     assert engines["little memory"].stats().preemptions > 0
 
 
@@ -222,9 +232,9 @@ def test_closing_a_stream_frees_its_requests(engine, prompts):
     async def first_only():
         params = [SamplingParams(n=4, max_tokens=100)]
         stream = engine.stream(prompts[0], params[0])
-        async for completion in stream:
-            await stream.aclose()
-            return completion
+        completion = await anext(stream)
+        await stream.aclose()
+        return completion
 
     assert asyncio.run(first_only()).token_ids
     stats = engine.stats()

@@ -7,7 +7,8 @@ weight's own shape. Quantization is deterministic: the same weight gives the sam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -101,8 +102,28 @@ class Quantizer(ABC):
         """What this machine lacks for the kind's kernel on `device`, or None."""
 
     @abstractmethod
+    def layer_type(self, device: torch.device) -> Callable[[Tensor, Tensor | None], QuantizedLinear]:
+        """The layer this kind uses on `device`, to be built from a weight and a bias."""
+
     def quantize(self, weight: Tensor, bias: Tensor | None = None) -> QuantizedLinear:
         """weight: [N, K] float, bias: [N] or None. NaNs reach the outputs of their row."""
+        with torch.no_grad(), _one_thread():
+            return self.layer_type(weight.device)(weight, bias)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to the calling thread.
+
+    Elementwise passes over blocks that fit a cache are over before other threads have joined; on a machine
+    with busy cores, waiting for them made quantization tens of times slower.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache

@@ -50,6 +50,5 @@ class DenseQuantizer(Quantizer):
     def missing(self, device: torch.device) -> str | None:
         return None
 
-    @torch.no_grad()
-    def quantize(self, weight: Tensor, bias: Tensor | None = None) -> QuantizedLinear:
-        return DenseLinear(weight, bias)
+    def layer_type(self, device: torch.device) -> type[QuantizedLinear]:
+        return DenseLinear

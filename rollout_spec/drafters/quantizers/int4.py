@@ -74,6 +74,5 @@ class Int4Quantizer(Quantizer):
             return "needs a CPU with AVX2 or AVX512"
         return None
 
-    @torch.no_grad()
-    def quantize(self, weight: Tensor, bias: Tensor | None = None) -> QuantizedLinear:
-        return Int4Linear(weight, bias)
+    def layer_type(self, device: torch.device) -> type[QuantizedLinear]:
+        return Int4Linear

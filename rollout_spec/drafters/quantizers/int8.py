@@ -115,6 +115,5 @@ class Int8Quantizer(Quantizer):
             return "needs a GPU of compute capability 7.5 or higher"
         return None
 
-    @torch.no_grad()
-    def quantize(self, weight: Tensor, bias: Tensor | None = None) -> QuantizedLinear:
-        return (FbgemmInt8Linear if weight.device.type == "cpu" and _fbgemm() else Int8Linear)(weight, bias)
+    def layer_type(self, device: torch.device) -> type[QuantizedLinear]:
+        return FbgemmInt8Linear if device.type == "cpu" and _fbgemm() else Int8Linear

@@ -150,7 +150,6 @@ class Nf4Quantizer(Quantizer):
             return "needs a CPU with AVX512-BF16; int8 is the alternative"
         return None
 
-    @torch.no_grad()
-    def quantize(self, weight: Tensor, bias: Tensor | None = None) -> QuantizedLinear:
+    def layer_type(self, device: torch.device) -> type[QuantizedLinear]:
         _bitsandbytes()
-        return (PackedNf4Linear if weight.device.type == "cpu" else Nf4Linear)(weight, bias)
+        return PackedNf4Linear if device.type == "cpu" else Nf4Linear

@@ -1,0 +1,69 @@
+# What runs where: `make help`. Needs python3 (3.11 to 3.13 for the pinned environments), pip, gcc and g++.
+# VENV=path or FULL_VENV=path use another environment; an existing one is kept and brought up to date.
+
+PYTHON ?= python3
+VENV ?= .venv
+FULL_VENV ?= .venv-full
+INTEGRATION_LIMIT ?= 1500
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+TORCH := torch==2.13.0
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-integration lint format bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## Run the demo: exact speculation, on and off, on this machine
+	@$(VENV)/bin/rollout-spec demo
+
+test: $(VENV)/.installed ## Run the CPU tests; PYTEST_ARGS='-k name' selects
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# Workers of vLLM and Ray can hang instead of failing, hence the limit in seconds. Status 5: no test collected.
+test-integration: $(FULL_VENV)/.installed ## Run the tests that start vLLM, verl or Ray
+	@status=0; timeout --kill-after=30 $(INTEGRATION_LIMIT) \
+	  $(FULL_VENV)/bin/python -m pytest -m integration $(PYTEST_ARGS) || status=$$?; \
+	case $$status in \
+	  5) echo "test-integration: there are no integration tests yet" ;; \
+	  124|137) echo "test-integration: stopped after $(INTEGRATION_LIMIT) s"; exit $$status ;; \
+	  *) exit $$status ;; \
+	esac
+
+lint: $(VENV)/.installed ## Check style, layout and types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+format: $(VENV)/.installed ## Lay out the code and mend what ruff can
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.installed ## Run the benchmarks; BENCH_ARGS is passed on
+	@$(VENV)/bin/rollout-spec bench $(BENCH_ARGS)
+
+clean: ## Remove caches and build products; environments stay
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+$(VENV)/.installed: requirements/light.txt pyproject.toml
+	$(call install,$(VENV),requirements/light.txt)
+
+$(FULL_VENV)/.installed: requirements/full.txt pyproject.toml
+	$(call install,$(FULL_VENV),requirements/full.txt)
+
+# $(1) environment, $(2) its pins. torch is resolved with its dependencies, the pins without a resolver.
+define install
+	@test -x $(1)/bin/python || { \
+	  $(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or sys.exit( \
+	    "make: the pinned environments need Python 3.11 to 3.13, not %d.%d; set PYTHON=" % v[:2])' && \
+	  echo "creating $(1)" && $(PYTHON) -m venv $(1); }
+	@echo "installing $(2) into $(1)"
+	@$(1)/bin/python $(PIP_INSTALL) $(TORCH)
+	@$(1)/bin/python $(PIP_INSTALL) --no-deps -r $(2)
+	@$(1)/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+endef

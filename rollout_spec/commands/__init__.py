@@ -1,0 +1,1 @@
+"""One module per `rollout-spec` command, named after it, holding a click command named `command`."""

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout_spec.sampling import reference
+from rollout_spec.sampling.noise import Stream, fold, row_keys
+from rollout_spec.sampling.verify import (
+    draft_coupled,
+    draft_rejection,
+    verify_coupled,
+    verify_rejection,
+)
+
+V, TRUE_V = 64, 40
+
+
+def make_logits(batch: int, rows: int, seed: int, scale: float = 2.0, holes: float = 0.3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, rows, V, generator=generator) * scale
+    logits[torch.rand(logits.shape, generator=generator) < holes] = -math.inf
+    logits[..., 3] = 0.0
+    logits[..., TRUE_V:] = -math.inf
+    return logits
+
+
+def make_keys(batch: int, rows: int, seed: int = 0) -> torch.Tensor:
+    bases = torch.tensor([fold(seed, b) for b in range(batch)])
+    return row_keys(bases, 0, torch.arange(rows).expand(batch, -1))
+
+
+def drafter_near(target: torch.Tensor, seed: int, noise: float = 0.8) -> torch.Tensor:
+    k = target.shape[1] - 1
+    return torch.where(
+        target[:, :k] > -math.inf,
+        target[:, :k] + noise * make_logits(len(target), k, seed, 1.0, 0.0),
+        target[:, :k],
+    )
+
+
+def as_lists(verdict):
+    return [
+        (verdict.tokens[b, : verdict.emitted[b]].tolist(), verdict.accepted[b].item())
+        for b in range(len(verdict.tokens))
+    ]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), k=st.integers(0, 5), point_mass=st.booleans())
+def test_equal_the_reference(seed, k, point_mass):
+    batch = 6
+    target, keys = make_logits(batch, k + 1, seed), make_keys(batch, k + 1, seed)
+    lengths = torch.randint(0, k + 1, (batch,), generator=torch.Generator().manual_seed(seed))
+    drafts = q = None
+    if k:
+        q = drafter_near(target, seed + 1)
+        drafts = draft_coupled(q, keys[:, :k])
+    verdict = verify_coupled(target, drafts, lengths, keys)
+    for b, got in enumerate(as_lists(verdict)):
+        draft = drafts[b, : lengths[b]].tolist() if k else []
+        assert got == reference.verify_coupled(target[b].numpy(), draft, keys[b])
+    if k:
+        drafts = q.argmax(-1) if point_mass else draft_rejection(q, keys[:, :k])
+        q = None if point_mass else q
+    verdict = verify_rejection(target, drafts, lengths, q, keys)
+    for b, got in enumerate(as_lists(verdict)):
+        draft = drafts[b, : lengths[b]].tolist() if k else []
+        expected = reference.verify_rejection(
+            target[b].numpy(), draft, None if q is None else q[b].numpy(), keys[b]
+        )
+        assert got == expected
+
+
+def test_shapes_and_types():
+    target, keys = make_logits(3, 4, 0), make_keys(3, 4)
+    q = drafter_near(target, 1)
+    for verdict in (
+        verify_coupled(target, draft_coupled(q, keys[:, :3]), None, keys),
+        verify_rejection(target, draft_rejection(q, keys[:, :3]), None, q, keys),
+    ):
+        assert verdict.tokens.shape == (3, 4)
+        assert all(x.dtype == torch.int64 for x in verdict)
+        assert torch.equal(verdict.emitted, verdict.accepted + 1)
+
+
+def test_coupled_tokens_are_those_of_plain_decoding():
+    target, keys = make_logits(50, 5, 0), make_keys(50, 5)
+    plain = torch.cat(
+        [verify_coupled(target[:, i : i + 1], None, None, keys[:, i : i + 1]).tokens for i in range(5)], 1
+    )
+    drafts = draft_coupled(drafter_near(target, 1), keys[:, :4])
+    assert torch.equal(verify_coupled(target, drafts, None, keys).tokens, plain)
+
+
+def test_a_perfect_drafter_is_always_accepted():
+    target, keys = make_logits(500, 4, 0), make_keys(500, 4)
+    q = target[:, :3]
+    assert (verify_coupled(target, draft_coupled(q, keys[:, :3]), None, keys).accepted == 3).all()
+    assert (verify_rejection(target, draft_rejection(q, keys[:, :3]), None, q, keys).accepted == 3).all()
+
+
+def test_acceptance_rates_match_theory():
+    n = 40_000
+    target = make_logits(1, 2, 0).expand(n, -1, -1)
+    q, keys = drafter_near(target[:1], 1).expand(n, -1, -1), make_keys(n, 2)
+    tv = (target[0, 0].softmax(0) - q[0, 0].softmax(0)).abs().sum().item() / 2
+    assert 0.2 < tv < 0.4
+    rejection = (
+        verify_rejection(target, draft_rejection(q, keys[:, :1]), None, q, keys).accepted.double().mean()
+    )
+    coupled = verify_coupled(target, draft_coupled(q, keys[:, :1]), None, keys).accepted.double().mean()
+    assert abs(rejection - (1 - tv)) < 5 * 0.5 / math.sqrt(n)
+    assert coupled > (1 - tv) / (1 + tv) - 5 * 0.5 / math.sqrt(n)
+
+
+def test_greedy_rows_need_no_noise():
+    target = torch.full((2, 3, V), -math.inf)
+    target[0, range(3), [4, 5, 6]] = 0.0
+    target[1, range(3), [7, 8, 9]] = 0.0
+    drafts = torch.tensor([[4, 1], [7, 8]])
+    expected = [([4, 5], 1), ([7, 8, 9], 2)]
+    keys = make_keys(2, 3)
+    assert as_lists(verify_coupled(target, drafts, None, None)) == expected
+    assert as_lists(verify_coupled(target, drafts, None, keys)) == expected
+    assert as_lists(verify_rejection(target, drafts, None, None, keys)) == expected
+    assert torch.equal(draft_coupled(target, None), torch.tensor([[4, 5, 6], [7, 8, 9]]))
+
+
+def test_tokens_without_probability_are_never_emitted():
+    n, k = 20_000, 3
+    target = make_logits(1, k + 1, 5, holes=0.8).expand(n, -1, -1)
+    q, keys = make_logits(1, k, 6, holes=0.8).expand(n, -1, -1), make_keys(n, k + 1)
+    for drafts, proposal in ((draft_rejection(q, keys[:, :k]), q), (torch.randint(0, TRUE_V, (n, k)), None)):
+        for verdict in (
+            verify_coupled(target, drafts, None, keys),
+            verify_rejection(target, drafts, None, proposal, keys),
+        ):
+            emitted = torch.arange(k + 1) < verdict.emitted.unsqueeze(1)
+            probable = target.gather(-1, verdict.tokens.unsqueeze(-1)).squeeze(-1) > -math.inf
+            assert (probable | ~emitted).all()
+    drafted = draft_rejection(q, keys[:, :k])
+    assert (q.gather(-1, drafted.unsqueeze(-1)) > -math.inf).all()
+
+
+BAD = {"nan": torch.nan, "inf": math.inf, "nothing": -math.inf}
+
+
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+def test_a_bad_row_of_the_drafter_ends_the_proposal(value):
+    target, keys = make_logits(30, 4, 0), make_keys(30, 4)
+    good = target[:, :3].clone()
+    bad = good.clone()
+    bad[:, 1] = value
+    for draft in (draft_coupled, draft_rejection):
+        drafts = draft(bad, keys[:, :3])
+        assert drafts.min() >= 0
+        assert drafts.max() < TRUE_V
+    drafts = draft_rejection(bad, keys[:, :3])
+    verdict = verify_rejection(target, drafts, None, bad, keys)
+    shorter = verify_rejection(target, drafts, torch.full((30,), 1), good, keys)
+    assert as_lists(verdict) == as_lists(shorter)
+    assert (verdict.accepted == 1).all()
+
+
+def test_drafts_that_q_excludes_or_that_are_out_of_range_count_as_not_proposed():
+    target, keys = make_logits(30, 3, 0), make_keys(30, 3)
+    q = target[:, :2].clone()
+    q[..., 3] = -math.inf
+    plain = as_lists(verify_rejection(target[:, :1], None, None, None, keys[:, :1]))
+    for token in (3, -1, V, 10**9):
+        drafts = torch.full((30, 2), token)
+        assert as_lists(verify_rejection(target, drafts, None, q, keys)) == plain
+        if token != 3:
+            assert as_lists(verify_rejection(target, drafts, None, None, keys)) == plain
+            assert (verify_coupled(target, drafts, None, keys).accepted == 0).all()
+
+
+def test_an_empty_residual_falls_back_to_the_target(monkeypatch):
+    """Rounding may reject where p = q; the token then comes from p."""
+    target, keys = make_logits(20, 2, 0), make_keys(20, 2)
+    drafts = draft_rejection(target[:, :1], keys[:, :1])
+
+    def reject_always(keys: torch.Tensor, stream: Stream) -> torch.Tensor:
+        return torch.full(keys.shape, 1.5 if stream is Stream.ACCEPT else 0.5, dtype=torch.float64)
+
+    monkeypatch.setattr("rollout_spec.sampling.verify.uniform", reject_always)
+    verdict = verify_rejection(target, drafts, None, target[:, :1], keys)
+    assert (verdict.accepted == 0).all()
+    expected = [
+        np.searchsorted(np.cumsum(p := reference.softmax(row.numpy())), 0.5 * p.sum()) for row in target[:, 0]
+    ]
+    assert verdict.tokens[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_do_not_depend_on_the_rows_beside_them(threads):
+    torch.set_num_threads(threads)
+    target, keys = make_logits(40, 5, 0), make_keys(40, 5)
+    q = drafter_near(target, 1)
+    drafts = draft_rejection(q, keys[:, :4])
+    together = verify_rejection(target, drafts, None, q, keys), verify_coupled(target, drafts, None, keys)
+    for b in range(40):
+        one = slice(b, b + 1)
+        alone = (
+            verify_rejection(target[one], drafts[one], None, q[one], keys[one]),
+            verify_coupled(target[one], drafts[one], None, keys[one]),
+        )
+        for all_rows, row in zip(together, alone):
+            assert as_lists(all_rows)[b] == as_lists(row)[0]
