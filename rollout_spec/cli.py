@@ -15,6 +15,8 @@ from rollout_spec.contracts import RolloutSpecError
 
 COMMANDS = {
     "doctor": "Say what runs on this machine, what is refused, and what to do about it.",
+    "verify": "Prove on your own model and machine that speculation changes nothing but time.",
+    "demo": "Roll a policy out plainly and speculatively, live: the same tokens, in less time.",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -53,10 +54,12 @@ class SpeculationConfig:
         _at_least("speculation.draft_length", self.draft_length, 1)
         if self.draft_length > 64:
             raise invalid("speculation.draft_length", self.draft_length, "use at most 64")
-        if not 0.0 <= self.canary_min_acceptance <= 1.0:
-            raise invalid(
-                "speculation.canary_min_acceptance", self.canary_min_acceptance, "use a number in [0, 1]"
-            )
+        for name in ("quantize_lm_head", "canary"):
+            if not isinstance(getattr(self, name), bool):
+                raise invalid(f"speculation.{name}", getattr(self, name), "use true or false")
+        floor = self.canary_min_acceptance
+        if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0.0 <= floor <= 1.0:
+            raise invalid("speculation.canary_min_acceptance", floor, "use a number in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class EngineConfig:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     def __post_init__(self) -> None:
-        if not (self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:")):
+        if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise invalid("device", self.device, "use auto, cpu, cuda or cuda:N")
         _one_of("dtype", self.dtype, DTYPES)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -105,10 +108,14 @@ class EngineConfig:
             object.__setattr__(
                 self, "speculation", _from_mapping(SpeculationConfig, self.speculation, "speculation.")
             )
+        if not isinstance(self.speculation, SpeculationConfig):
+            raise invalid("speculation", self.speculation, "give a mapping, such as {drafter: nf4}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
         """Build from a (nested) mapping; unknown names and wrong types are errors naming the field."""
+        if not isinstance(values, Mapping):
+            raise invalid("config", values, "give a mapping from option to value")
         return _from_mapping(cls, values, "")
 
     @classmethod
@@ -116,8 +123,12 @@ class EngineConfig:
         """Build from a YAML file holding the same names."""
         import yaml
 
-        with open(path, encoding="utf-8") as file:
-            return cls.from_dict(yaml.safe_load(file) or {})
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = yaml.safe_load(file)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise invalid("config", str(path), f"give a readable YAML file ({error})") from error
+        return cls.from_dict({} if values is None else values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict; `from_dict` of it gives an equal configuration."""

@@ -154,12 +154,25 @@ class SamplingParams:
             for token, bias in self.logit_bias.items():
                 _integer("logit_bias", token, 0, 2**31 - 1, "its keys are token ids >= 0")
                 _number("logit_bias", bias, -100.0, 100.0, "its values are numbers in [-100, 100]")
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+            plain = {int(token): float(bias) for token, bias in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", plain)
+        self._to_plain_numbers()
+
+    def _to_plain_numbers(self) -> None:
+        """NumPy's and other number types become int and float, so that a request can be logged and put in tensors."""
+        object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, numbers.Real) and not isinstance(value, bool):
+                plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+                object.__setattr__(self, f.name, plain)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> SamplingParams:
         """Build from a mapping; an unknown name is an error that lists the known ones."""
         known = [f.name for f in fields(cls)]
+        if not isinstance(values, Mapping):
+            raise invalid("sampling_params", values, "give a mapping from parameter to value")
         for name in values:
             if name not in known:
                 raise InvalidRequest(

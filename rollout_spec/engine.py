@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import numbers
 import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from rollout_spec.contracts import (
     SamplingParams,
     SpecCounts,
     VersionSpan,
+    WeightError,
     invalid,
 )
 from rollout_spec.drafters.guard import DrafterReport
@@ -29,6 +31,7 @@ from rollout_spec.models.checkpoint import read_checkpoint, read_config, state_d
 from rollout_spec.models.spec import ModelSpec
 from rollout_spec.sampling.noise import fold
 from rollout_spec.torch_backend.backend import StepTimes, TorchBackend
+from rollout_spec.torch_backend.kv_cache import OutOfBlocks
 from rollout_spec.torch_backend.slots import ACCEPTED, DRAFTED, PLAIN_STEPS, VERIFY_STEPS, Sample
 from rollout_spec.torch_backend.weights import UpdateReport
 
@@ -105,8 +108,7 @@ class RolloutEngine:
         self._asleep = False
         self._no_weights = False
         self._live: dict[str, list[Sample]] = {}
-        self._submitted: dict[tuple[int, int], int] = {}
-        self._ids = itertools.count()
+        self._submitted: dict[str, int] = {}
         self._finished = self._tokens = 0
         self._spec = SpecCounts()
         self._last_update = update
@@ -151,6 +153,8 @@ class RolloutEngine:
         **options: Any,
     ) -> RolloutEngine:
         """Take the weights of a `transformers` module, or a state dict with its `hf_config`; they are copied."""
+        if not isinstance(model, (torch.nn.Module, Mapping)):
+            raise WeightError(f"model={type(model).__name__}: give a transformers module or a state dict")
         spec, tensors = state_dict_from(model, hf_config)
         return cls._build(spec, tensors, _config(config, options), tokenizer, version)
 
@@ -253,14 +257,14 @@ class RolloutEngine:
         the same policy version the answer is the one that would have been given without the interruption.
         """
         with self._changed:
-            ids = list(self._live) if request_ids is None else list(request_ids)
+            ids = list(self._live) if request_ids is None else _request_ids(request_ids)
             for request_id in ids:
                 if request_id not in self._live:
                     raise invalid(
                         "request_ids", request_id, "not in flight; pass ids given to generate or stream"
                     )
-                samples = self._live.pop(request_id)
-                self.backend.abort(samples)
+            for request_id in dict.fromkeys(ids):
+                self.backend.abort(self._live.pop(request_id))
             self._changed.notify_all()
 
     # --- weights and memory ----------------------------------------------------------------------------
@@ -339,11 +343,27 @@ class RolloutEngine:
             )
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Logprob of each token after the first given those before it, from a plain re-forward (T=1)."""
-        tokens = self._token_ids(token_ids, 0)
+        """Logprob of each token after the first given those before it, from a plain re-forward (T=1).
+
+        Raises:
+            InvalidRequest: Not a list of token ids, or more of them than the context or the free KV cache holds.
+            EngineAsleep: Call `wake_up` (or `update_weights`) first.
+        """
+        tokens = self._token_ids(token_ids, "token_ids")
+        longest = self.backend.max_model_len
+        if len(tokens) > longest:
+            raise InvalidRequest(
+                f"token_ids of {len(tokens)} tokens: the context holds {longest}; raise max_model_len"
+            )
         with self._changed:
             self._check_awake()
-            logits = self.backend.score(self.backend.weights.target, tokens)
+            try:
+                logits = self.backend.score(self.backend.weights.target, tokens)
+            except OutOfBlocks as error:
+                raise InvalidRequest(
+                    f"token_ids of {len(tokens)} tokens: no room in the KV cache now ({error}); wait for the "
+                    "requests in flight or raise kv_cache_tokens"
+                ) from error
         logprobs = logits[:-1].log_softmax(-1)
         return logprobs.gather(1, torch.from_numpy(tokens[1:, None]).to(logprobs.device))[:, 0].tolist()
 
@@ -358,14 +378,21 @@ class RolloutEngine:
         request_ids: Sequence[str] | None,
     ) -> tuple[list[np.ndarray], list[SamplingParams], list[str] | None]:
         """Validate everything before anything starts."""
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        listed = cast("Sequence[Prompt]", [prompts] if single else prompts)
-        tokens = [self._token_ids(prompt, row) for row, prompt in enumerate(listed)]
+        rows = (
+            [prompts] if isinstance(prompts, str) else _as_list("prompts", prompts, "texts or token id lists")
+        )
+        if rows and isinstance(rows[0], numbers.Integral):
+            rows = [rows]
+        tokens = [self._token_ids(prompt, f"prompts[{row}]") for row, prompt in enumerate(rows)]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(tokens)
         else:
-            params = list(sampling_params)
-        ids = None if request_ids is None else list(request_ids)
+            params = _as_list("sampling_params", sampling_params, "SamplingParams, one per prompt")
+        for row, p in enumerate(params):
+            if not isinstance(p, SamplingParams):
+                raise invalid(f"sampling_params[{row}]", p, "give SamplingParams; from_dict makes them")
+        seeds = None if seeds is None else _as_list("seeds", seeds, "integers, one per prompt")
+        ids = None if request_ids is None else _request_ids(request_ids)
         for name, values in (("sampling_params", params), ("seeds", seeds), ("request_ids", ids)):
             if values is not None and len(values) != len(tokens):
                 raise InvalidRequest(
@@ -381,17 +408,19 @@ class RolloutEngine:
             self._check_fits(prompt, p)
         return tokens, params, ids
 
-    def _token_ids(self, prompt: Prompt, row: int) -> np.ndarray:
-        name = f"prompts[{row}]"
+    def _token_ids(self, prompt: Prompt, name: str) -> np.ndarray:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise invalid(name, prompt, "this engine has no tokenizer; give token ids")
             prompt = self.tokenizer(prompt)["input_ids"]
-        tokens = np.asarray(prompt)
-        if tokens.ndim != 1 or tokens.size == 0:
+        try:
+            tokens = np.asarray(prompt)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise invalid(name, prompt, "give text or one flat list of integer token ids") from error
+        if tokens.shape == (0,):
             raise invalid(name, prompt, "give at least one token")
-        if not np.issubdtype(tokens.dtype, np.integer):
-            raise invalid(name, prompt, "give text or a list of integer token ids")
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise invalid(name, prompt, "give text or one flat list of integer token ids")
         vocab = self.backend.spec.vocab_size
         outside = (tokens < 0) | (tokens >= vocab)
         if outside.any():
@@ -405,7 +434,7 @@ class RolloutEngine:
                 f"prompt of {len(prompt)} tokens: the context holds {longest}, answer included; shorten the prompt "
                 "or raise max_model_len"
             )
-        if len(prompt) + (params.max_tokens or 1) > self.backend.kv_tokens:
+        if min(len(prompt) + (params.max_tokens or 1), longest) > self.backend.kv_tokens:
             raise InvalidRequest(
                 f"max_tokens={params.max_tokens} after a prompt of {len(prompt)} tokens: the KV cache holds "
                 f"{self.backend.kv_tokens} tokens; lower max_tokens or raise kv_cache_tokens"
@@ -429,12 +458,9 @@ class RolloutEngine:
                     raise invalid("request_ids", request_id, "is in flight already; use another id")
             groups = []
             for row, (tokens, p) in enumerate(zip(prompts, params, strict=True)):
-                request_id = ids[row] if ids else f"request-{next(self._ids)}"
-                key = fold(
-                    self.config.seed,
-                    *(() if p.seed is None else (p.seed,)),
-                    *self._identity(tokens, p, ids, row),
-                )
+                request_id = ids[row] if ids else self._own_id(tokens, p.seed)
+                words = (self.config.seed,) if p.seed is None else (self.config.seed, p.seed)
+                key = fold(*words, 1, int.from_bytes(request_id.encode(), "little"))
                 limit = min(
                     len(tokens) + (p.max_tokens or backend.max_model_len),
                     backend.max_model_len,
@@ -453,20 +479,18 @@ class RolloutEngine:
             self._changed.notify_all()
         return groups
 
-    def _identity(
-        self, tokens: np.ndarray, params: SamplingParams, ids: list[str] | None, row: int
-    ) -> tuple[int, int]:
-        """What makes this request's noise its own: its id, or its prompt and how often that was submitted.
+    def _own_id(self, tokens: np.ndarray, seed: int | None) -> str:
+        """An id for a request that came without: its policy version, prompt and seed, and how often it came.
 
-        The count restarts with each policy version, which is part of the noise key, too.
+        The noise follows from the id, so a run that is repeated gives the same samples, and so does the id alone.
         """
-        if ids is not None:
-            return 1, int.from_bytes(ids[row].encode(), "little")
-        prompt = fold(*tokens.tolist())
-        place = prompt, -1 if params.seed is None else params.seed
-        count = self._submitted.get(place, 0)
-        self._submitted[place] = count + 1
-        return prompt, count
+        place = f"v{self.backend.weights.version}-{fold(*tokens.tolist()) % 2**64:016x}"
+        place += "" if seed is None else f"-seed{seed}"
+        while True:
+            count = self._submitted.get(place, 0)
+            self._submitted[place] = count + 1
+            if f"{place}-{count}" not in self._live:
+                return f"{place}-{count}"
 
     def _advance(self) -> None:
         """Run one step for everybody, or wait while there is nothing to run."""
@@ -500,13 +524,22 @@ class RolloutEngine:
         if self._no_weights:
             raise EngineAsleep("the engine slept at level 2 and has no weights; call update_weights() first")
 
+    def _stop_place(self, sample: Sample, text: str) -> int:
+        """Where in `text` the stop string begins that the last token completed (`min_tokens` may skip others)."""
+        assert self.tokenizer is not None and isinstance(sample.stop_reason, str)
+        before = len(self.tokenizer.decode(sample.output[:-1], skip_special_tokens=True))
+        for start in (max(0, before - len(sample.stop_reason) + 1), 0):
+            if (place := text.find(sample.stop_reason, start)) >= 0:
+                return place
+        return len(text)
+
     def _completion(self, sample: Sample) -> Completion:
         assert sample.finish_reason is not None
         text = ""
         if self.tokenizer is not None:
             text = str(self.tokenizer.decode(sample.output.tolist(), skip_special_tokens=True))
         if isinstance(sample.stop_reason, str):
-            text = text[: text.find(sample.stop_reason)]
+            text = text[: self._stop_place(sample, text)]
         starts = [*sample.version_starts, (len(sample.output), -1)]
         spans = [VersionSpan(a, b, v) for (a, v), (b, _) in itertools.pairwise(starts) if b > a]
         spec = SpecCounts(
@@ -538,7 +571,23 @@ class RolloutEngine:
         return completion
 
 
+def _as_list(name: str, values: Any, wanted: str) -> list[Any]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise invalid(name, values, f"give a list of {wanted}")
+    return list(values)
+
+
+def _request_ids(values: Any) -> list[str]:
+    ids = _as_list("request_ids", values, "strings")
+    for row, request_id in enumerate(ids):
+        if not isinstance(request_id, str) or not request_id.isprintable():
+            raise invalid(f"request_ids[{row}]", request_id, "use a string of printable characters")
+    return ids
+
+
 def _config(config: EngineConfig | Mapping[str, Any] | None, options: Mapping[str, Any]) -> EngineConfig:
+    if config is not None and not isinstance(config, (EngineConfig, Mapping)):
+        raise invalid("config", config, "give an EngineConfig or a mapping with its names")
     if isinstance(config, EngineConfig):
         return EngineConfig.from_dict({**config.to_dict(), **options}) if options else config
     return EngineConfig.from_dict({**(config or {}), **options})
@@ -548,6 +597,8 @@ def _device(name: str) -> torch.device:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise invalid("device", name, "no CUDA device is usable here; use cpu, or run rollout-spec doctor")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise invalid("device", name, f"there are {torch.cuda.device_count()} CUDA devices here")
     return device
 
 

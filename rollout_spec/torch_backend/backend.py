@@ -101,7 +101,7 @@ class TorchBackend:
         """Load the first weights, probe the numerics and settle on a verifier."""
         report = self.weights.update(weights, version)
         self._drafter_follows()
-        self.row_invariant = row_invariance(self.runner, self.pool)
+        self.row_invariant = row_invariance(self.runner, self.pool, self.max_model_len)
         verifier = self.config.speculation.verifier
         self.coupled = verifier == "coupled" or (verifier == "auto" and self.row_invariant)
         return report

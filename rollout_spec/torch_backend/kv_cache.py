@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rollout_spec.contracts import invalid
+
 
 class OutOfBlocks(Exception):
     """The pool cannot serve an allocation now; the scheduler waits or preempts."""
@@ -47,11 +49,12 @@ class BlockPool:
 
 
 class KVCache:
-    """Keys and values of all layers, `[layers, blocks + 1, kv_heads, block_size, head_dim]` each.
+    """Keys and values of all layers, `[layers, kv_heads, blocks + 1, block_size, head_dim]` each.
 
-    The last block is scratch: rows that pad a batch write there, and tables are padded with it. Entries are
-    addressed by flat rows `(block * kv_heads + head) * block_size + offset`, computed once per forward and
-    reused by every layer.
+    Heads come first, so that gathering a sequence's blocks leaves each head's entries in one piece. The last
+    block is scratch: rows that pad a batch write there, and tables are padded with it. Entries are addressed by
+    flat rows `(head * (blocks + 1) + block) * block_size + offset`, computed once per forward and reused by
+    every layer.
     """
 
     def __init__(
@@ -64,15 +67,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_blocks, self.kv_heads, self.block_size, self.head_dim = (
-            num_blocks,
-            kv_heads,
-            block_size,
-            head_dim,
-        )
-        self._shape = (num_layers, num_blocks + 1, kv_heads, block_size, head_dim)
+        self.num_blocks, self.block_size, self.head_dim = num_blocks, block_size, head_dim
+        self._shape = (num_layers, kv_heads, num_blocks + 1, block_size, head_dim)
         self._dtype, self._device = dtype, device
-        self._head_offsets = torch.arange(kv_heads, device=device) * block_size
+        self._head_offsets = torch.arange(kv_heads, device=device) * ((num_blocks + 1) * block_size)
         self.clear()
 
     @property
@@ -85,8 +83,7 @@ class KVCache:
 
     def rows(self, blocks: Tensor, offsets: Tensor) -> Tensor:
         """Flat rows `[R * kv_heads]` of the entries at (block `[R]`, offset `[R]`)."""
-        first = blocks * (self.kv_heads * self.block_size) + offsets
-        return (first[:, None] + self._head_offsets).flatten()
+        return ((blocks * self.block_size + offsets)[:, None] + self._head_offsets).flatten()
 
     def store(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values `[R, kv_heads, head_dim]` at flat `rows [R * kv_heads]`."""
@@ -94,14 +91,19 @@ class KVCache:
             cache[layer].view(-1, self.head_dim).index_copy_(0, rows, new.reshape(-1, self.head_dim))
 
     def copy_block(self, source: int, destination: int) -> None:
-        self.keys[:, destination] = self.keys[:, source]
-        self.values[:, destination] = self.values[:, source]
+        for cache in (self.keys, self.values):
+            cache[:, :, destination] = cache[:, :, source]
 
     def clear(self) -> None:
         """Zero every entry, so that nothing computed from earlier weights can be read again."""
         self.release()
-        self.keys = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-        self.values = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+        try:
+            self.keys = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+            self.values = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+        except RuntimeError as error:
+            self.release()
+            remedy = f"no memory for this KV cache; lower kv_cache_tokens or kv_cache_bytes ({error})"
+            raise invalid("kv_cache_tokens", self.num_blocks * self.block_size, remedy) from error
 
     def release(self) -> None:
         """Free the memory; `clear` takes it back."""

@@ -13,7 +13,7 @@ _SPLITS = ((1,) * 12, (2, 3, 4), (5, 9), (33, 67))
 
 
 @torch.inference_mode()
-def row_invariance(runner: Runner, pool: BlockPool) -> bool:
+def row_invariance(runner: Runner, pool: BlockPool, max_model_len: int) -> bool:
     """Score one random sequence in one pass and in passes of other sizes; True if every logit is bitwise equal.
 
     Needs about 130 tokens' worth of target compute, and as many tokens of free KV blocks (less on a smaller
@@ -21,7 +21,7 @@ def row_invariance(runner: Runner, pool: BlockPool) -> bool:
     dtype and number of threads.
     """
     block_size = runner.cache.block_size
-    count = min(_TOKENS, pool.available * block_size, runner.target.spec.max_positions)
+    count = min(_TOKENS, pool.available * block_size, max_model_len)
     blocks = pool.allocate(-(-count // block_size))
     try:
         tokens = np.random.default_rng(0).integers(0, runner.target.spec.vocab_size, count)
@@ -29,6 +29,8 @@ def row_invariance(runner: Runner, pool: BlockPool) -> bool:
         for split in _SPLITS:
             start = 0
             for rows in split:
+                if start >= count:
+                    break
                 stop = min(count, start + rows)
                 part = runner.score(runner.target, tokens[:stop], blocks, start)
                 if not torch.equal(part, whole[start:stop]):

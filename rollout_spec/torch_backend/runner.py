@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rollout_spec.models.decoder import Decoder
-from rollout_spec.torch_backend.attention import PagedAttention, Rows, hidden_mask, padded_blocks
+from rollout_spec.torch_backend.attention import PagedAttention, Rows, causal_mask, padded_blocks
 from rollout_spec.torch_backend.kv_cache import KVCache
 from rollout_spec.torch_backend.scheduler import PrefillChunk
 from rollout_spec.torch_backend.slots import Slots
@@ -31,7 +31,7 @@ class Block:
         draft_lengths: `[B]`, on the device.
         kv_rows: Flat cache rows `[B, S, kv_heads]`.
         tables: `[B, blocks]`.
-        hidden: Attention mask of the whole block, see `Rows`.
+        mask: Attention mask of the whole block, see `Rows`.
     """
 
     last_tokens: Tensor
@@ -39,7 +39,7 @@ class Block:
     draft_lengths: Tensor
     kv_rows: Tensor
     tables: Tensor
-    hidden: Tensor
+    mask: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,20 +94,20 @@ class Runner:
             draft_lengths=self._device(draft_lengths),
             kv_rows=self._kv_rows(tables, device_positions, self._device(inside)).view(len(rows), width, -1),
             tables=tables,
-            hidden=hidden_mask(device_positions, tables.shape[1], self.cache.block_size),
+            mask=causal_mask(device_positions, tables.shape[1] * self.cache.block_size),
         )
 
     def forward(self, model: Decoder, block: Block, tokens: Tensor, first: int) -> Tensor:
         """Logits `[B, n, padded_vocab]` (float32) of rows `first .. first + n` of `block`, fed `tokens [B, n]`."""
         batch, count = tokens.shape
         span = slice(first, first + count)
-        rows = Rows(block.kv_rows[:, span].reshape(-1), block.tables, block.hidden[:, :, :, span])
+        rows = Rows(block.kv_rows[:, span].reshape(-1), block.tables, block.mask[:, span])
         total = batch * count
         ids, positions = tokens.reshape(-1), block.positions[:, span].reshape(-1)
         if total < _MIN_ROWS:
             pad = _MIN_ROWS - total
             ids, positions = (torch.cat((x, x.new_zeros(pad))) for x in (ids, positions))
-            rows = Rows(torch.cat((rows.kv_rows, self._scratch_rows(pad))), rows.tables, rows.hidden)
+            rows = Rows(torch.cat((rows.kv_rows, self._scratch_rows(pad))), rows.tables, rows.mask)
         hidden = model.hidden(ids, positions, self._attention(model, rows))
         return model.logits(hidden)[:total].view(batch, count, -1)
 
@@ -130,12 +130,12 @@ class Runner:
             kv_rows = torch.cat((kv_rows, self._scratch_rows(pad)))
             index = torch.cat((index, index.new_full((pad,), positions.size)))
         rows = Rows(
-            kv_rows, tables, hidden_mask(grid_positions, tables.shape[1], self.cache.block_size), index
+            kv_rows, tables, causal_mask(grid_positions, tables.shape[1] * self.cache.block_size), index
         )
         return model.hidden(ids, flat, self._attention(model, rows))
 
     def _attention(self, model: Decoder, rows: Rows) -> PagedAttention:
-        return PagedAttention(self.cache, rows, sanitize=model is not self.target)
+        return PagedAttention(self.cache, rows, drafting=model is not self.target)
 
     def _tables(self, tables: np.ndarray, tokens: np.ndarray) -> Tensor:
         """Block tables cut or padded to what `tokens [B]` need; blocks past a sequence's own are scratch."""

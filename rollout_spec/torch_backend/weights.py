@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -95,7 +95,7 @@ class PolicyWeights:
         make = partial(make_linear, device=self.device)
         slots: dict[str, Any] = {}
         try:
-            for name, tensor in weights:
+            for name, tensor in _pairs(weights):
                 for piece in assembler.feed(name, tensor):
                     slots[piece.slot] = realize(piece, make)
                     before = time.perf_counter()
@@ -133,6 +133,18 @@ class PolicyWeights:
 
 
 _NO_WEIGHTS = DecoderWeights(torch.empty(0), (), torch.empty(0), lambda x: x)  # type: ignore[arg-type]
+
+
+def _pairs(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """`weights` as they come; anything but (name, tensor) pairs is an error."""
+    remedy = "send (name, tensor) pairs, such as model.named_parameters() or state_dict.items()"
+    if isinstance(weights, Mapping) or not isinstance(weights, Iterable):
+        raise WeightError(f"weights={type(weights).__name__}: {remedy}")
+    for pair in weights:
+        name, tensor = pair if isinstance(pair, (tuple, list)) and len(pair) == 2 else (pair, None)
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise WeightError(f"weights: got {pair!r:.80}; {remedy}")
+        yield name, tensor
 
 
 def linear_shapes(spec: ModelSpec) -> list[tuple[int, int]]:

@@ -1,0 +1,300 @@
+"""`rollout-spec demo`: a real reasoning policy rolled out twice, plainly and speculatively, the same to the token."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rollout_spec.contracts import Completion, RolloutSpecError, SpecCounts
+from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, report_options
+
+if TYPE_CHECKING:
+    from rollout_spec.engine import RolloutEngine
+
+MAX_TOKENS = 512  # the longest worked solution of the example
+SIZES = ("100m", "300m")
+SHOWN = 3  # sample answers
+PLAIN, SPECULATIVE = "plain", "speculative"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One rollout's figures; lengths in tokens, times in seconds, acceptance and tau None without drafts."""
+
+    makespan: float
+    tokens: int
+    tokens_per_second: float
+    tau: float | None
+    acceptance: float | None
+    mean_reward: float
+    length_median: int
+    length_p99: int
+    length_max: int
+
+    @classmethod
+    def of(cls, completions: Sequence[Completion], rewards: Sequence[float], seconds: float) -> Rollout:
+        lengths = sorted(len(completion.token_ids) for completion in completions)
+        spec = sum((completion.spec for completion in completions), SpecCounts())
+        return cls(
+            makespan=seconds,
+            tokens=sum(lengths),
+            tokens_per_second=sum(lengths) / seconds,
+            tau=spec.tau if spec.verify_steps else None,
+            acceptance=spec.acceptance if spec.drafted else None,
+            mean_reward=statistics.fmean(rewards),
+            length_median=lengths[len(lengths) // 2],
+            length_p99=lengths[min(len(lengths) - 1, len(lengths) * 99 // 100)],
+            length_max=lengths[-1],
+        )
+
+
+def example_folder() -> Path:
+    """`examples/arithmetic` of the checkout this package runs from, or of the current folder."""
+    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
+        folder = root / "examples" / "arithmetic"
+        if (folder / "problems.py").is_file():
+            return folder
+    raise RolloutSpecError(
+        "examples/arithmetic: not found; the demo's prompts live in a checkout of the project, run it in one"
+    )
+
+
+def load_problems(folder: Path) -> ModuleType:
+    """The example's prompts and rewards; the file needs only the standard library."""
+    name = "rollout_spec_demo_problems"
+    spec = importlib.util.spec_from_file_location(name, folder / "problems.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def cache_folder() -> Path:
+    """$ROLLOUT_SPEC_CACHE, else ~/.cache/rollout-spec."""
+    return Path(os.environ.get("ROLLOUT_SPEC_CACHE") or Path.home() / ".cache" / "rollout-spec")
+
+
+def expanded(example: Path, size: str) -> Path:
+    """The shipped policy, grown to `size`; made once per policy and kept in the cache."""
+    policy = example / "policy"
+    weights = policy / "model.safetensors"
+    if not weights.is_file():
+        raise RolloutSpecError(
+            f"{policy}: no policy here; check the checkout out completely (git lfs is not needed), train one with "
+            "`python examples/arithmetic/train.py`, or name a model: rollout-spec demo MODEL"
+        )
+    digest = hashlib.sha256(weights.read_bytes() + (example / "expand.py").read_bytes()).hexdigest()[:12]
+    target = cache_folder() / f"arithmetic-{size}-{digest}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / "policy"
+        command = [sys.executable, str(example / "expand.py"), "--size", size, "--policy", str(policy)]
+        run = subprocess.run([*command, "--out", str(made)], capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise RolloutSpecError(f"expand.py failed: {run.stderr.strip().splitlines()[-1]}")
+        try:
+            made.rename(target)
+        except OSError:  # another demo was faster
+            if not target.is_dir():
+                shutil.move(made, target)
+    return target
+
+
+@click.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option("--requests", type=click.IntRange(1, 1024), default=8, show_default=True, help="Problems.")
+@click.option("--group", type=click.IntRange(1, 1024), default=4, show_default=True, help="Samples of each.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the problems and the noise.")
+@click.option(
+    "--size",
+    type=click.Choice(SIZES),
+    default="100m",
+    show_default=True,
+    help="Parameters to grow the shipped policy to.",
+)
+@report_options
+def command(
+    model: Path | None, requests: int, group: int, seed: int, size: str, json_path: Path | None
+) -> None:
+    """Roll a policy out for GRPO, plainly and speculatively, and show that nothing but time differs.
+
+    Without MODEL, the policy shipped in examples/arithmetic is used, grown to --size parameters that compute
+    the same function. MODEL, a folder, is used as it is.
+    """
+    example = example_folder()
+    problems_module = load_problems(example)
+    console = Console()
+    with console.status("preparing the policy"):
+        folder = expanded(example, size) if model is None else model
+        engine = _engine(folder, seed)
+    problems = problems_module.sample(requests, seed, "test")
+    about = f"{_parameters(engine) / 1e6:.0f} M parameters"
+    console.print(
+        f"[bold]{requests} problems x {group} samples[/], {about}, {_how(engine)}\n", highlight=False
+    )
+    runs, seconds = roll_out(engine, [problem.prompt for problem in problems], group, console)
+    rewards = {
+        name: [
+            problems_module.reward(problems[row // group], completion.text)
+            for row, completion in enumerate(completions)
+        ]
+        for name, completions in runs.items()
+    }
+    rollouts = {name: Rollout.of(runs[name], rewards[name], seconds[name]) for name in runs}
+    same = sum(
+        a.token_ids == b.token_ids and a.logprobs == b.logprobs for a, b in zip(runs[PLAIN], runs[SPECULATIVE])
+    )
+    spec = sum((completion.spec for completion in runs[SPECULATIVE]), SpecCounts())
+    checks = [
+        Check("trajectories, with logprobs", f"{same} of {len(runs[PLAIN])} identical", "all", same == len(runs[PLAIN])),
+        Check("drafts accepted", spec.accepted, "some", spec.accepted > 0),
+    ]
+    speedup = seconds[PLAIN] / seconds[SPECULATIVE]
+    results = {
+        "rollouts": {name: asdict(rollout) for name, rollout in rollouts.items()},
+        "speedup": speedup,
+        "parameters": _parameters(engine),
+        "grown_from_shipped_policy": model is None,
+        "drafter": _drafter(engine),
+        "exactness": engine.stats().exactness,
+        "requests": requests,
+        "group": group,
+    }
+    report = Report("demo", results, checks, EvidenceLevel.L1, seed)
+    console.print()
+    console.print(figures(rollouts))
+    console.print(f"\n[bold]speedup {speedup:.2f}x[/] (makespan)", highlight=False)
+    print_proof(console, runs[SPECULATIVE], rewards[SPECULATIVE], same, group)
+    console.print(f"\n{escape(caveat(report, engine, model))}", style="dim", highlight=False)
+    finish(report, json_path, console, show_checks=not report.passed)
+
+
+def _engine(folder: Path, seed: int) -> RolloutEngine:
+    from rollout_spec.engine import RolloutEngine
+
+    engine = RolloutEngine.from_pretrained(folder, seed=seed, speculation={"verifier": "coupled"})
+    if engine.tokenizer is None:
+        raise RolloutSpecError(f"{folder}: no tokenizer; the demo's prompts are text")
+    return engine
+
+
+def _drafter(engine: RolloutEngine) -> str:
+    drafter = engine.backend.weights.drafter
+    return "none" if drafter is None else drafter.name
+
+
+def _parameters(engine: RolloutEngine) -> int:
+    from rollout_spec.torch_backend.weights import linear_shapes
+
+    spec = engine.backend.spec
+    return sum(n * k for n, k in linear_shapes(spec)) + spec.vocab_size * spec.hidden_size
+
+
+def _how(engine: RolloutEngine) -> str:
+    dtype = str(engine.backend.dtype).removeprefix("torch.")
+    return f"{dtype} on {engine.backend.device}, drafter {_drafter(engine)}"
+
+
+def roll_out(
+    engine: RolloutEngine, prompts: list[str], group: int, console: Console
+) -> tuple[dict[str, list[Completion]], dict[str, float]]:
+    """The same requests plainly and with the engine's own draft lengths; completions and seconds of each."""
+    from rollout_spec.contracts import SamplingParams
+    from rollout_spec.observe.live import LiveRollouts
+    from rollout_spec.policy.draft_length import FixedDraftLength
+
+    import time
+
+    policies = {PLAIN: FixedDraftLength(0), SPECULATIVE: engine.backend.policy}
+    ids = [f"demo-{row}" for row in range(len(prompts))]
+    runs, seconds = {}, {}
+    for policy in policies.values():  # both ways once, so that neither pays for the first pass
+        engine.backend.policy = policy
+        engine.generate(prompts, SamplingParams(n=group, max_tokens=8))
+    watch = LiveRollouts(console, list(policies))
+    with watch.shown():
+        for name, policy in policies.items():
+            engine.backend.policy = policy
+            params = SamplingParams(n=group, max_tokens=MAX_TOKENS)
+
+            def call(params: SamplingParams = params) -> tuple[list[Completion], float]:
+                start = time.perf_counter()
+                completions = engine.generate(prompts, params, request_ids=ids)
+                return completions, time.perf_counter() - start
+
+            runs[name], seconds[name] = watch.run(name, engine, len(prompts) * group, call)
+    return runs, seconds
+
+
+def figures(rollouts: dict[str, Rollout]) -> Table:
+    """Figures side by side."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table.add_column("")
+    for name in rollouts:
+        table.add_column(name, justify="right")
+    rows: list[tuple[str, str, str]] = [
+        ("makespan", "makespan", "{:.1f} s"),
+        ("tokens per second", "tokens_per_second", "{:,.0f}"),
+        ("tokens per verification (tau)", "tau", "{:.2f}"),
+        ("acceptance", "acceptance", "{:.2f}"),
+        ("mean reward", "mean_reward", "{:.2f}"),
+        ("response length, median", "length_median", "{}"),
+        ("response length, p99", "length_p99", "{}"),
+        ("response length, longest", "length_max", "{}"),
+    ]
+    for label, name, form in rows:
+        values = [getattr(rollout, name) for rollout in rollouts.values()]
+        table.add_row(label, *("–" if value is None else form.format(value) for value in values))
+    return table
+
+
+def print_proof(
+    console: Console, completions: Sequence[Completion], rewards: Sequence[float], same: int, group: int
+) -> None:
+    """What was the same, and some of the answers."""
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    style = "bold green" if same == len(completions) else "bold red"
+    console.print(
+        f"[{style}]{same} of {len(completions)} trajectories identical[/], {tokens:,} tokens and their logprobs "
+        "compared\n",
+        highlight=False,
+    )
+    short = sorted(range(0, len(completions), group), key=lambda row: len(completions[row].token_ids))
+    for row in short[:SHOWN]:
+        console.print(f"reward {rewards[row]:g}  {escape(_text(completions[row]))}", highlight=False)
+
+
+def _text(completion: Completion) -> str:
+    return completion.text.replace("\n", " ")
+
+
+def caveat(report: Report, engine: RolloutEngine, model: Path | None) -> str:
+    """What the figures are, and what they are not."""
+    machine = report.machine
+    where = f"{machine.cpu}, {machine.threads} threads" if engine.backend.device.type == "cpu" else machine.gpus[0]
+    text = f"Measured once each, one after the other, on this machine ({where})."
+    if model is None:
+        text += (
+            " The policy is the shipped one, trained on this task, grown with weights that keep its function: its "
+            "answers and acceptance are the small policy's, its cost is the larger size's."
+        )
+    return f"{text} Nothing here says what a GPU or another policy gains."

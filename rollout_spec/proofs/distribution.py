@@ -1,0 +1,150 @@
+"""Is what is emitted distributed as the policy says? Chi-square tests against probabilities from a plain pass.
+
+The joint of a few tokens cannot be enumerated over a real vocabulary, so the first token is tested against p,
+and each later one given the most frequent beginnings. The exact p comes from `sampling.reference`, which shares
+no code with the fast pipeline.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rollout_spec.contracts import Completion, SamplingParams
+from rollout_spec.drafters.quantized import QuantizedSelfDrafter
+from rollout_spec.engine import RolloutEngine
+from rollout_spec.policy.draft_length import FixedDraftLength
+from rollout_spec.proofs.runs import mode
+from rollout_spec.sampling import reference
+
+DRAFT_LENGTH = 3
+TOKENS = DRAFT_LENGTH + 1  # up to the bonus token
+LEAST_EXPECTED = 5.0  # of a cell; rarer tokens are pooled
+BEGINNINGS = 6  # tested per length
+LEAST_SAMPLES = 50  # with a beginning, to test what follows it
+LONGEST_CONTEXT = 256
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Tests of one verifier.
+
+    Attributes:
+        pvalues: Of every test with at least one degree of freedom.
+        freedom: Their degrees of freedom together.
+        samples: Completions drawn.
+        residual: Those of them with a rejected draft, and so with a draw from the residual.
+    """
+
+    pvalues: tuple[float, ...] = ()
+    freedom: int = 0
+    samples: int = 0
+    residual: int = 0
+
+    @property
+    def pvalue(self) -> float:
+        """Smallest p-value, corrected for the number of tests (Bonferroni)."""
+        return min(1.0, min(self.pvalues, default=1.0) * len(self.pvalues))
+
+    def __add__(self, other: Distribution) -> Distribution:
+        return Distribution(
+            self.pvalues + other.pvalues,
+            self.freedom + other.freedom,
+            self.samples + other.samples,
+            self.residual + other.residual,
+        )
+
+
+def chi_square(counts: np.ndarray, probs: np.ndarray) -> tuple[float, int]:
+    """p-value and degrees of freedom of Pearson's test; 0 degrees if there is nothing to test.
+
+    Args:
+        counts: int [V], observed.
+        probs: float64 [V]. A token of probability 0 that was observed gives p = 0.
+    """
+    if counts[probs == 0].any():
+        return 0.0, 1
+    expected = counts.sum() * probs
+    alone = expected >= LEAST_EXPECTED
+    cells = [*zip(counts[alone].tolist(), expected[alone].tolist())]
+    pooled = counts[~alone].sum(), expected[~alone].sum()
+    if pooled[1] >= LEAST_EXPECTED:
+        cells.append(pooled)
+    elif cells:
+        smallest = min(range(len(cells)), key=lambda cell: cells[cell][1])
+        cells[smallest] = (cells[smallest][0] + pooled[0], cells[smallest][1] + pooled[1])
+    freedom = len(cells) - 1
+    if freedom < 1:
+        return 1.0, 0
+    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    halves = torch.tensor([freedom, statistic], dtype=torch.float64) / 2
+    return float(torch.special.gammaincc(halves[0], halves[1])), freedom
+
+
+def contexts(engine: RolloutEngine, completions: Sequence[Completion], count: int) -> list[list[int]]:
+    """Beginnings of `count` of these completions after which the drafter is most wrong, worst first.
+
+    A verifier that leaves a trace of the drafter shows it there. Uncertainty of the target breaks ties.
+    """
+    found = []
+    for completion in completions:
+        tokens = (completion.prompt_token_ids + completion.token_ids)[:LONGEST_CONTEXT]
+        wrong = _disagreement(engine, np.array(tokens)).cumsum(0)
+        window = wrong[TOKENS:] - wrong[:-TOKENS]  # over the TOKENS rows after row i
+        start = max(0, len(completion.prompt_token_ids) - 2)
+        if len(window) > start:
+            place = start + int(window[start:].argmax())
+            found.append((float(window[place]), tokens[: place + 2]))
+        else:
+            found.append((0.0, tokens))
+    found.sort(key=lambda pair: -pair[0])
+    return [tokens for _, tokens in found[:count]]
+
+
+@torch.inference_mode()
+def _disagreement(engine: RolloutEngine, tokens: np.ndarray) -> torch.Tensor:
+    """Total variation between target and drafter after each token: float [T]."""
+    backend = engine.backend
+    target = backend.score(backend.weights.target, tokens).softmax(-1)
+    wrong = 1e-3 * (1 - target.amax(-1))
+    drafter = backend.weights.drafter
+    if isinstance(drafter, QuantizedSelfDrafter):
+        wrong += (target - backend.score(drafter.model, tokens).softmax(-1)).abs().sum(-1) / 2
+    return wrong.cpu()
+
+
+def distribution(
+    engine: RolloutEngine, context: list[int], params: SamplingParams, samples: int, *, coupled: bool
+) -> Distribution:
+    """Draw `samples` short completions of `context` with speculation, and test every token of them."""
+    with mode(engine, FixedDraftLength(DRAFT_LENGTH), coupled=coupled):
+        drawn = engine.generate(context, params, n=samples)
+    outputs = np.array([completion.token_ids for completion in drawn])
+    pvalues, freedom = [], 0
+    for depth in range(TOKENS):
+        beginnings = Counter(map(tuple, outputs[:, :depth].tolist()))
+        for beginning, seen in beginnings.most_common(BEGINNINGS):
+            if seen < LEAST_SAMPLES:
+                break
+            rows = (outputs[:, :depth] == np.array(beginning, dtype=outputs.dtype)).all(1)
+            probs = _exact(engine, context, list(beginning), params)
+            pvalue, degrees = chi_square(np.bincount(outputs[rows, depth], minlength=len(probs)), probs)
+            if degrees:
+                pvalues.append(pvalue)
+                freedom += degrees
+    residual = sum(completion.spec.accepted < completion.spec.drafted for completion in drawn)
+    return Distribution(tuple(pvalues), freedom, samples, residual)
+
+
+def _exact(
+    engine: RolloutEngine, context: list[int], beginning: list[int], params: SamplingParams
+) -> np.ndarray:
+    """float64 [V]: the probability of every next token, from a plain pass."""
+    backend = engine.backend
+    logits = backend.score(backend.weights.target, np.array(context + beginning))[-1]
+    processed, _ = reference.process(logits.float().cpu().numpy(), params, context, beginning, ())
+    return reference.softmax(processed)
