@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": "Say what runs on this machine, what is refused, and what to do about it.",
     "verify": "Prove on your own model and machine that speculation changes nothing but time.",
     "demo": "Roll a policy out plainly and speculatively, live: the same tokens, in less time.",
+    "bench": "Measure, in pairs, how much faster than what one would use otherwise.",
 }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from rollout_spec.engine import RolloutEngine
 
 MAX_TOKENS = 512  # the longest worked solution of the example
+DRAFT_LENGTH = int(__import__("os").environ.get("DL","6"))
 SIZES = ("100m", "300m")
 SHOWN = 3  # sample answers
+POOL = 16  # held-out problems per problem of the demo, which are spread over their lengths
 PLAIN, SPECULATIVE = "plain", "speculative"
 
 
@@ -119,6 +121,13 @@ def expanded(example: Path, size: str) -> Path:
     return target
 
 
+def spread(problems: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the problems, evenly spaced from the shortest to the longest: few problems, all lengths."""
+    ordered = sorted(problems, key=lambda problem: len(problem.prompt))
+    last = len(ordered) - 1
+    return [ordered[row * last // max(count - 1, 1)] for row in range(count)]
+
+
 @click.command()
 @click.argument("model", required=False, type=click.Path(path_type=Path))
 @click.option("--requests", type=click.IntRange(1, 1024), default=8, show_default=True, help="Problems.")
@@ -146,7 +155,7 @@ def command(
     with console.status("preparing the policy"):
         folder = expanded(example, size) if model is None else model
         engine = _engine(folder, seed)
-    problems = problems_module.sample(requests, seed, "test")
+    problems = spread(problems_module.sample(POOL * requests, seed, "test"), requests)
     about = f"{_parameters(engine) / 1e6:.0f} M parameters"
     console.print(
         f"[bold]{requests} problems x {group} samples[/], {about}, {_how(engine)}\n", highlight=False
@@ -191,7 +200,7 @@ def command(
 def _engine(folder: Path, seed: int) -> RolloutEngine:
     from rollout_spec.engine import RolloutEngine
 
-    engine = RolloutEngine.from_pretrained(folder, seed=seed, speculation={"verifier": "coupled"})
+    engine = RolloutEngine.from_pretrained(folder, seed=seed, speculation={"verifier": "coupled", "draft_length": DRAFT_LENGTH})
     if engine.tokenizer is None:
         raise RolloutSpecError(f"{folder}: no tokenizer; the demo's prompts are text")
     return engine
@@ -218,11 +227,11 @@ def roll_out(
     engine: RolloutEngine, prompts: list[str], group: int, console: Console
 ) -> tuple[dict[str, list[Completion]], dict[str, float]]:
     """The same requests plainly and with the engine's own draft lengths; completions and seconds of each."""
+    import time
+
     from rollout_spec.contracts import SamplingParams
     from rollout_spec.observe.live import LiveRollouts
     from rollout_spec.policy.draft_length import FixedDraftLength
-
-    import time
 
     policies = {PLAIN: FixedDraftLength(0), SPECULATIVE: engine.backend.policy}
     ids = [f"demo-{row}" for row in range(len(prompts))]

@@ -22,13 +22,14 @@ class QuantizedSelfDrafter:
         name: Kind of quantization.
         version: Policy version its weights were quantized from; -1 before the first `commit`.
         linears: Its quantized linears by slot (`layers.0.qkv`, ..., `lm_head`).
+        quantizer: What quantizes the next update.
     """
 
     def __init__(self, quantizer: Quantizer, *, quantize_lm_head: bool = True) -> None:
         self.name = quantizer.name
         self.version = -1
         self.linears: dict[str, QuantizedLinear] = {}
-        self._quantizer, self._quantize_lm_head = quantizer, quantize_lm_head
+        self.quantizer, self._quantize_lm_head = quantizer, quantize_lm_head
         self._staged: dict[str, QuantizedLinear] = {}
         self._model: Decoder | None = None
 
@@ -40,7 +41,7 @@ class QuantizedSelfDrafter:
 
     def stage(self, piece: Piece) -> None:
         if self._is_quantized(piece.slot):
-            self._staged[piece.slot] = self._quantizer.quantize(piece.weight, piece.bias)
+            self._staged[piece.slot] = self.quantizer.quantize(piece.weight, piece.bias)
 
     def commit(self, target: Decoder, version: int) -> None:
         slots = slots_of(target.weights)

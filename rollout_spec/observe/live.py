@@ -24,6 +24,7 @@ from rollout_spec.engine import RolloutEngine
 from rollout_spec.torch_backend.slots import ACCEPTED, DRAFTED, PLAIN_STEPS, VERIFY_STEPS, Sample
 
 POLLS_PER_SECOND = 5
+FIRST_LOOK = 1e-3  # seconds between polls until samples are seen: all of them, before the first has finished
 LINE_EVERY = 0.25  # of the samples, where lines are printed
 _Result = TypeVar("_Result")
 
@@ -55,6 +56,11 @@ class Meter:
         self._backend, self._total = engine.backend, total
         self._seen: dict[int, Sample] = {}
         self._start = time.perf_counter()
+
+    @property
+    def started(self) -> bool:
+        """Whether samples have been seen."""
+        return bool(self._seen)
 
     def read(self) -> Progress:
         """Look now."""
@@ -112,7 +118,7 @@ class LiveRollouts:
         with ThreadPoolExecutor(1) as background:
             running = background.submit(call)
             running.add_done_callback(lambda _: done.set())
-            while not done.wait(1 / POLLS_PER_SECOND):
+            while not done.wait(1 / POLLS_PER_SECOND if meter.started else FIRST_LOOK):
                 self._show(name, meter.read())
             result = running.result()
         self._show(name, meter.read())
@@ -124,8 +130,8 @@ class LiveRollouts:
             self._live.refresh()
             return
         share = progress.finished / progress.total
-        if share == 1 or share >= self._printed[name] + LINE_EVERY:
-            self._printed[name] = share
+        if share >= self._printed[name] + LINE_EVERY:
+            self._printed[name] = share - share % LINE_EVERY
             self._console.print(self._line(name, progress), highlight=False, soft_wrap=True)
 
     def _line(self, name: str, p: Progress) -> str:

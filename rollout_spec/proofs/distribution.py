@@ -3,20 +3,27 @@
 The joint of a few tokens cannot be enumerated over a real vocabulary, so the first token is tested against p,
 and each later one given the most frequent beginnings. The exact p comes from `sampling.reference`, which shares
 no code with the fast pipeline.
+
+A good drafter hides a bad verifier: what is hardly ever rejected is hardly ever drawn from the residual. So the
+drafter is also distorted on purpose, which must not show in what is emitted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rollout_spec.contracts import Completion, SamplingParams
-from rollout_spec.drafters.quantized import QuantizedSelfDrafter
+from rollout_spec.drafters.base import Drafter, DraftRound, Proposal
 from rollout_spec.engine import RolloutEngine
+from rollout_spec.models.decoder import Decoder
+from rollout_spec.models.weights import Piece
 from rollout_spec.policy.draft_length import FixedDraftLength
 from rollout_spec.proofs.runs import mode
 from rollout_spec.sampling import reference
@@ -27,6 +34,7 @@ LEAST_EXPECTED = 5.0  # of a cell; rarer tokens are pooled
 BEGINNINGS = 6  # tested per length
 LEAST_SAMPLES = 50  # with a beginning, to test what follows it
 LONGEST_CONTEXT = 256
+DISTORTION = 1.5  # standard deviation of what is added to a distorted drafter's logits
 
 
 @dataclass(frozen=True)
@@ -85,11 +93,54 @@ def chi_square(counts: np.ndarray, probs: np.ndarray) -> tuple[float, int]:
     return float(torch.special.gammaincc(halves[0], halves[1])), freedom
 
 
-def contexts(engine: RolloutEngine, completions: Sequence[Completion], count: int) -> list[list[int]]:
-    """Beginnings of `count` of these completions after which the drafter is most wrong, worst first.
+class _Distorted:
+    """A drafter whose logits are off by a fixed random vector."""
 
-    A verifier that leaves a trace of the drafter shows it there. Uncertainty of the target breaks ties.
-    """
+    def __init__(self, drafter: Drafter, bias: Tensor) -> None:
+        self._drafter, self._bias = drafter, bias
+        self.name, self.version = drafter.name, drafter.version
+
+    def propose(self, round: DraftRound) -> Proposal:
+        def forward(model: Decoder, tokens: Tensor, first: int) -> Tensor:
+            return round.forward(model, tokens, first) + self._bias
+
+        return self._drafter.propose(replace(round, forward=forward))
+
+    def stage(self, piece: Piece) -> None:
+        self._drafter.stage(piece)
+
+    def commit(self, target: Decoder, version: int) -> None:
+        self._drafter.commit(target, version)
+        self.version = version
+
+    def rollback(self) -> None:
+        self._drafter.rollback()
+
+    def discard(self) -> None:
+        self._drafter.discard()
+
+
+def _bias(engine: RolloutEngine) -> Tensor:
+    """float32 [V], V the padded vocabulary."""
+    noise = torch.randn(engine.backend.spec.padded_vocab_size, generator=torch.Generator().manual_seed(0))
+    return (DISTORTION * noise).to(engine.backend.device)
+
+
+@contextmanager
+def distorted(engine: RolloutEngine) -> Iterator[None]:
+    """Draft with a distorted drafter for a while. The engine must be idle."""
+    weights = engine.backend.weights
+    drafter = weights.drafter
+    if drafter is not None:
+        weights.drafter = _Distorted(drafter, _bias(engine))
+    try:
+        yield
+    finally:
+        weights.drafter = drafter
+
+
+def contexts(engine: RolloutEngine, completions: Sequence[Completion], count: int) -> list[list[int]]:
+    """Beginnings of `count` of these completions after which a distorted drafter is most wrong, worst first."""
     found = []
     for completion in completions:
         tokens = (completion.prompt_token_ids + completion.token_ids)[:LONGEST_CONTEXT]
@@ -106,15 +157,11 @@ def contexts(engine: RolloutEngine, completions: Sequence[Completion], count: in
 
 
 @torch.inference_mode()
-def _disagreement(engine: RolloutEngine, tokens: np.ndarray) -> torch.Tensor:
-    """Total variation between target and drafter after each token: float [T]."""
-    backend = engine.backend
-    target = backend.score(backend.weights.target, tokens).softmax(-1)
-    wrong = 1e-3 * (1 - target.amax(-1))
-    drafter = backend.weights.drafter
-    if isinstance(drafter, QuantizedSelfDrafter):
-        wrong += (target - backend.score(drafter.model, tokens).softmax(-1)).abs().sum(-1) / 2
-    return wrong.cpu()
+def _disagreement(engine: RolloutEngine, tokens: np.ndarray) -> Tensor:
+    """Total variation between the target and itself distorted, after each token: float32 [T]."""
+    logits = engine.backend.score(engine.backend.weights.target, tokens)
+    other = logits + _bias(engine)[: logits.shape[1]]
+    return (logits.softmax(-1) - other.softmax(-1)).abs().sum(-1).cpu() / 2
 
 
 def distribution(

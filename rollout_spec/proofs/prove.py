@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from rollout_spec.contracts import Completion, SamplingParams
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.observe.report import Check, ExactnessLevel
 from rollout_spec.policy.draft_length import FixedDraftLength
-from rollout_spec.proofs.distribution import TOKENS, Distribution, contexts, distribution
+from rollout_spec.proofs.distribution import TOKENS, Distribution, contexts, distorted, distribution
 from rollout_spec.proofs.reforward import Parity, parity
 from rollout_spec.proofs.runs import CUTS, OFF, Requests, total, ways_to_speculate
 from rollout_spec.proofs.trajectories import Comparison, compare
@@ -187,19 +189,23 @@ class Proof:
 
     def _distribution(self, plain: list[Completion]) -> bool:
         best = contexts(self.engine, plain[: len(self.settings.prompts)], 2)
+        cuts = CUTS if self.invariant else {"temperature": CUTS["temperature"]}
+        ways = (
+            (best[0], {}, nullcontext, "own drafter"),
+            (best[0], {}, partial(distorted, self.engine), "distorted drafter"),
+            (best[-1], cuts, partial(distorted, self.engine), "distorted drafter, cuts"),
+        )
         passed = True
         for name in ("coupled", "rejection"):
             found = Distribution()
-            for place, cuts in (
-                (0, {}),
-                (-1, CUTS if self.invariant else {"temperature": CUTS["temperature"]}),
-            ):
-                self._progress(f"distribution: {name}, {cuts or 'T=1'}")
-                params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, **cuts)  # type: ignore[arg-type]
-                found += distribution(
-                    self.engine, best[place], params, self.settings.samples, coupled=name == "coupled"
-                )
-            self.verdict.results[f"distribution, {name}"] = asdict(found) | {"pvalue": found.pvalue}
+            for context, options, drafter, how in ways:
+                self._progress(f"distribution: {name}, {how}")
+                params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, **options)  # type: ignore[arg-type]
+                with drafter():
+                    found += distribution(
+                        self.engine, context, params, self.settings.samples, coupled=name == "coupled"
+                    )
+            self.verdict.results[f"chi-square, {name}"] = asdict(found) | {"pvalue": found.pvalue}
             value = f"p = {found.pvalue:.2g}, {found.freedom} degrees"
             passed &= self.verdict.check(
                 f"chi-square, {name}",

@@ -69,7 +69,7 @@ def noise_key(engine: RolloutEngine, completion: Completion, params: SamplingPar
     """Noise base of a completion submitted under an id, as the engine promises it: a function of its own seed,
     the request's seed and id, and the sample's index, and of nothing else."""
     seed = () if params.seed is None else (params.seed,)
-    request = fold(engine.config.seed, *seed, int.from_bytes(completion.request_id.encode(), "little"))
+    request = fold(engine.config.seed, *seed, 1, int.from_bytes(completion.request_id.encode(), "little"))
     return fold(request, completion.index)
 
 

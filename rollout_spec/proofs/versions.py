@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from rollout_spec.contracts import Completion, VersionSpan
+from rollout_spec.contracts import Completion, SamplingParams, VersionSpan
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.policy.draft_length import FixedDraftLength
 from rollout_spec.proofs.runs import Requests, mode
@@ -47,9 +48,13 @@ class Interrupted:
 
 
 class _Pause:
-    """Drafts `draft_length` tokens, and holds the engine at one pass until the new weights have arrived."""
+    """Holds the engine at one pass until the new weights have arrived, and decodes plainly until they are in force.
 
-    def __init__(self, draft_length: int) -> None:
+    Before and after it drafts `draft_length` tokens.
+    """
+
+    def __init__(self, engine: RolloutEngine, draft_length: int) -> None:
+        self._weights, self._old = engine.backend.weights, engine.backend.weights.version
         self._inner = FixedDraftLength(draft_length)
         self._passes = 0
         self.reached, self.arrived = threading.Event(), threading.Event()
@@ -59,6 +64,8 @@ class _Pause:
         if self._passes == PAUSE_AT:
             self.reached.set()
             self.arrived.wait(PATIENCE)
+        if self.arrived.is_set() and self._weights.version == self._old:
+            return np.zeros_like(lengths)
         return self._inner.draft_lengths(lengths, remaining)
 
     def deliver(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -68,6 +75,13 @@ class _Pause:
             yield from weights
         finally:
             self.arrived.set()
+
+
+async def _streamed(
+    engine: RolloutEngine, prompts: Sequence[list[int]], params: Sequence[SamplingParams], ids: Sequence[str]
+) -> list[Completion]:
+    calls = (engine.generate_async(*call, request_id=name) for *call, name in zip(prompts, params, ids))
+    return [group[0] for group in await asyncio.gather(*calls)]
 
 
 def update_in_flight(
@@ -84,7 +98,7 @@ def update_in_flight(
     """
     old = engine.backend.weights.version
     params = [replace(p, ignore_eos=True) for p in requests.params]
-    policy = _Pause(draft_length)
+    policy = _Pause(engine, draft_length)
     with mode(engine, policy), ThreadPoolExecutor(1) as background:
         running = background.submit(engine.generate, requests.prompts, params, request_ids=requests.ids)
         running.add_done_callback(lambda _: policy.reached.set())

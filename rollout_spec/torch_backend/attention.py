@@ -66,16 +66,13 @@ class PagedAttention:
     Args:
         cache: Where keys and values live.
         rows: The rows of this forward.
-        drafting: A drafter calls: any kernel will do, and a NaN must never reach the cache, where a masked
-            read (0 * NaN) would meet it.
+        drafting: A drafter calls, and any kernel will do.
     """
 
     def __init__(self, cache: KVCache, rows: Rows, *, drafting: bool = False) -> None:
         self.cache, self.rows, self.drafting = cache, rows, drafting
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.drafting:
-            k, v = torch.nan_to_num(k), torch.nan_to_num(v)
         self.cache.store(layer, self.rows.kv_rows, k, v)
         batch, queries = self.rows.grid
         count, heads, head_dim = q.shape
@@ -139,6 +136,6 @@ def _stock(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
         return pages.index_select(1, tables).view(kv_heads, batch, -1, head_dim).transpose(0, 1)
 
     q = q.transpose(1, 2).reshape(batch, kv_heads, queries * group, head_dim)
-    mask = rows.mask.repeat_interleave(group, 1)[:, None].to(q.dtype)
+    mask = (rows.mask if queries == 1 else rows.mask.repeat_interleave(group, 1))[:, None]
     out = F.scaled_dot_product_attention(q, gather(keys), gather(values), attn_mask=mask)
     return out.view(batch, kv_heads, queries, group, head_dim).transpose(1, 2).contiguous()

@@ -186,13 +186,16 @@ class TorchBackend:
         try:
             return self.runner.score(model, tokens, blocks)[:, : self.spec.vocab_size]
         finally:
+            if model is not self.weights.target:
+                self.cache.wipe(blocks)
             self.pool.free(blocks)
 
     def _drafter_follows(self) -> None:
         weights = self.weights
-        self.guard.after_update(weights.drafter, weights.version, self._compare, weights.drafter_error)
+        self.guard.after_update(weights.drafter, weights.version, self.compare, weights.drafter_error)
 
-    def _compare(self, context: np.ndarray) -> tuple[Tensor, Tensor] | None:
+    def compare(self, context: np.ndarray) -> tuple[Tensor, Tensor] | None:
+        """Target and drafter logits `[T, vocab]` after each of `context [T]`; None if it cannot be done now."""
         drafter = self.weights.drafter
         if not isinstance(drafter, QuantizedSelfDrafter):
             return None
@@ -223,6 +226,7 @@ class TorchBackend:
             assert drafter is not None
             proposal = self.guard.propose(drafter, self._round(block, batch, keys))
             if proposal is None:  # the drafter failed: this pass decodes plainly
+                self.cache.wipe_rows(block.kv_rows.flatten())
                 draft_lengths = np.zeros(len(rows), np.int64)
                 block, keys = self.runner.block(self.slots, rows, draft_lengths), keys[:, :1]
             self.times.draft += (now := time.perf_counter()) - clock

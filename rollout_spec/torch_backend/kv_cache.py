@@ -94,6 +94,16 @@ class KVCache:
         for cache in (self.keys, self.values):
             cache[:, :, destination] = cache[:, :, source]
 
+    def wipe(self, blocks: list[int]) -> None:
+        """Zero blocks that a failed drafter may have left NaNs in: even a masked NaN would be read."""
+        for cache in (self.keys, self.values):
+            cache[:, :, blocks] = 0.0
+
+    def wipe_rows(self, rows: Tensor) -> None:
+        """The same for flat rows `[R]`."""
+        for cache in (self.keys, self.values):
+            cache.view(len(cache), -1, self.head_dim).index_fill_(1, rows, 0.0)
+
     def clear(self) -> None:
         """Zero every entry, so that nothing computed from earlier weights can be read again."""
         self.release()

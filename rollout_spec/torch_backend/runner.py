@@ -51,7 +51,8 @@ class Block:
 class Runner:
     """Forwards over one cache on one device; knows nothing about requests.
 
-    A drafter that shares the cache is another `Decoder`; what it writes is provisional, and never NaN.
+    A drafter that shares the cache is another `Decoder`; what it writes is provisional: every row of a block
+    that a drafter writes is written again by the target's pass over that block, or wiped.
     """
 
     def __init__(self, target: Decoder, cache: KVCache, device: torch.device) -> None:
@@ -104,7 +105,7 @@ class Runner:
         rows = Rows(block.kv_rows[:, span].reshape(-1), block.tables, block.mask[:, span])
         total = batch * count
         ids, positions = tokens.reshape(-1), block.positions[:, span].reshape(-1)
-        if total < _MIN_ROWS:
+        if total < _MIN_ROWS and model is self.target:
             pad = _MIN_ROWS - total
             ids, positions = (torch.cat((x, x.new_zeros(pad))) for x in (ids, positions))
             rows = Rows(torch.cat((rows.kv_rows, self._scratch_rows(pad))), rows.tables, rows.mask)
