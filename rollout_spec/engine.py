@@ -30,6 +30,7 @@ from rollout_spec.drafters.guard import DrafterReport
 from rollout_spec.models.checkpoint import read_checkpoint, read_config, state_dict_from
 from rollout_spec.models.spec import ModelSpec
 from rollout_spec.sampling.noise import fold
+from rollout_spec.sampling.pipeline import Processed, token_logprobs
 from rollout_spec.torch_backend.backend import StepTimes, TorchBackend
 from rollout_spec.torch_backend.kv_cache import OutOfBlocks
 from rollout_spec.torch_backend.slots import ACCEPTED, DRAFTED, PLAIN_STEPS, VERIFY_STEPS, Sample
@@ -364,8 +365,8 @@ class RolloutEngine:
                     f"token_ids of {len(tokens)} tokens: no room in the KV cache now ({error}); wait for the "
                     "requests in flight or raise kv_cache_tokens"
                 ) from error
-        logprobs = logits[:-1].log_softmax(-1)
-        return logprobs.gather(1, torch.from_numpy(tokens[1:, None]).to(logprobs.device))[:, 0].tolist()
+        following = torch.from_numpy(tokens[None, 1:]).to(logits.device)
+        return token_logprobs(logits[None, :-1], Processed(logits[None, :-1]), following).logprob[0].tolist()
 
     # --- inside ----------------------------------------------------------------------------------------
 

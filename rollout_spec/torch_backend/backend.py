@@ -181,10 +181,10 @@ class TorchBackend:
 
     @torch.inference_mode()
     def score(self, model: Decoder, tokens: np.ndarray) -> Tensor:
-        """Logits `[T, vocab]` after each of `tokens [T]`, recomputed from scratch; raises `OutOfBlocks`."""
+        """Logits `[T, padded_vocab]` after each of `tokens [T]`, recomputed from scratch; raises `OutOfBlocks`."""
         blocks = self.pool.allocate(-(-len(tokens) // self.config.block_size))
         try:
-            return self.runner.score(model, tokens, blocks)[:, : self.spec.vocab_size]
+            return self.runner.score(model, tokens, blocks)
         finally:
             if model is not self.weights.target:
                 self.cache.wipe(blocks)
@@ -195,7 +195,7 @@ class TorchBackend:
         self.guard.after_update(weights.drafter, weights.version, self.compare, weights.drafter_error)
 
     def compare(self, context: np.ndarray) -> tuple[Tensor, Tensor] | None:
-        """Target and drafter logits `[T, vocab]` after each of `context [T]`; None if it cannot be done now."""
+        """Target and drafter logits `[T, padded_vocab]` after each of `context [T]`; None if it cannot be done now."""
         drafter = self.weights.drafter
         if not isinstance(drafter, QuantizedSelfDrafter):
             return None

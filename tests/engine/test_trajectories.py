@@ -1,0 +1,108 @@
+"""The shipped policy's trajectories under coupled sampling do not depend on whether or how one speculates."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rollout_spec import RolloutEngine, SamplingParams
+from rollout_spec.policy.draft_length import FixedDraftLength, RandomDraftLength
+
+ARITHMETIC = Path(__file__).parents[2] / "examples" / "arithmetic"
+sys.path.insert(0, str(ARITHMETIC))  # problems.py
+
+REQUESTS, SEEDS = 64, range(8)
+LEAST_TOKENS = 50_000
+
+
+class TogglingDraftLength(FixedDraftLength):
+    """Speculation switched on and off at random, for the whole batch, between steps."""
+
+    def __init__(self, draft_length, seed):
+        super().__init__(draft_length)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def draft_lengths(self, lengths, remaining):
+        on = torch.rand((), generator=self.generator).item() < 0.5
+        return super().draft_lengths(lengths, remaining) * on
+
+
+MODES = {
+    "on": lambda: FixedDraftLength(4),
+    "toggled at random": lambda: TogglingDraftLength(4, seed=1),
+    "K at random": lambda: RandomDraftLength(seed=2, longest=8, off=0.0),
+}
+
+
+def engine_for(dtype):
+    return RolloutEngine.from_pretrained(
+        ARITHMETIC / "policy", dtype=dtype, max_model_len=640, speculation={"drafter": "nf4"}
+    )
+
+
+def rollouts(engine, policy, temperature, seeds):
+    """Token ids of `REQUESTS` prompts for each seed, all in one batch."""
+    from problems import prompts
+
+    engine.backend.policy = policy
+    texts = prompts(REQUESTS, seed=5, split="test")
+    params = [SamplingParams(temperature=temperature, max_tokens=256, seed=seed) for seed in seeds for _ in texts]
+    ids = [f"{seed}/{row}" for seed in seeds for row in range(REQUESTS)]
+    return [c.token_ids for c in engine.generate(texts * len(seeds), params, request_ids=ids)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_identical_with_speculation_on_off_toggled_and_any_k(dtype):
+    engine = engine_for(dtype)
+    assert engine.stats().exactness == "E2"
+    plain = rollouts(engine, FixedDraftLength(0), 1.0, SEEDS)
+    assert engine.stats().spec.drafted == 0
+    compared = 0
+    for name, make_policy in MODES.items():
+        before = engine.stats().spec.accepted
+        speculative = rollouts(engine, make_policy(), 1.0, SEEDS)
+        different = [row for row, (a, b) in enumerate(zip(plain, speculative, strict=True)) if a != b]
+        assert not different, f"{name}: {len(different)} of {len(plain)} trajectories differ"
+        assert engine.stats().spec.accepted > before
+        compared += sum(map(len, speculative))
+    assert compared >= LEAST_TOKENS
+    assert len({tuple(tokens) for tokens in plain}) > REQUESTS  # seeds give different samples
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_greedy_is_identical_too(dtype):
+    engine = engine_for(dtype)
+    plain = rollouts(engine, FixedDraftLength(0), 0.0, [0])
+    for name, make_policy in MODES.items():
+        assert rollouts(engine, make_policy(), 0.0, [0]) == plain, name
+
+
+def test_a_shifted_noise_position_is_caught(monkeypatch):
+    """The comparison can fail: draft with the noise of the neighbouring position, verify with it too."""
+    from rollout_spec.torch_backend import backend
+
+    engine = engine_for("float32")
+    plain = rollouts(engine, FixedDraftLength(0), 1.0, [0])
+    row_keys = backend.row_keys
+
+    def shifted(base, version, position):
+        return row_keys(base, version, position + (position.shape[1] > 1))
+
+    monkeypatch.setattr(backend, "row_keys", shifted)
+    assert rollouts(engine, FixedDraftLength(4), 1.0, [0]) != plain
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.0)])
+def test_logprobs_equal_a_plain_reforward(dtype, tolerance):
+    """fp32 within 1e-5; bf16 bit for bit, which E2 promises."""
+    engine = engine_for(dtype)
+    from problems import prompts
+
+    for completion in engine.generate(prompts(24, seed=6, split="test"), SamplingParams(max_tokens=200)):
+        reforward = engine.logprobs(completion.prompt_token_ids + completion.token_ids)
+        start = len(completion.prompt_token_ids) - 1
+        worst = max(abs(a - b) for a, b in zip(completion.logprobs, reforward[start:], strict=True))
+        assert worst <= tolerance
