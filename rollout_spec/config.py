@@ -102,7 +102,7 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_tokens"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 2)
-        if self.block_size not in (16, 32, 64, 128):
+        if not isinstance(self.block_size, int) or self.block_size not in (16, 32, 64, 128):
             raise invalid("block_size", self.block_size, "use 16, 32, 64 or 128")
         if isinstance(self.speculation, Mapping):
             object.__setattr__(

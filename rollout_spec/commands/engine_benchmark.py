@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,14 @@ class EngineBenchmark:
             for batch in (1, 16):
                 params = SamplingParams(n=batch, max_tokens=24 if batch == 1 else 8, ignore_eos=True)
 
-                def run(coupled: bool, engine=engine, params=params) -> None:
+                def run(
+                    coupled: bool, engine: RolloutEngine = engine, params: SamplingParams = params
+                ) -> None:
                     engine.backend.coupled = coupled
                     engine.generate(self.prompts[:1], params)
 
                 name = f"coupled vs fastest sampler, V={engine.backend.spec.vocab_size}, B={batch}"
-                self._measure(
-                    name, lambda run=run: run(False), lambda run=run: run(True), 0.98, 3 * self.pairs
-                )
+                self._measure(name, partial(run, False), partial(run, True), 0.98, 3 * self.pairs)
             del engine
 
     def speculation_against_plain(self) -> None:

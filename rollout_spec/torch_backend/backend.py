@@ -95,7 +95,7 @@ class TorchBackend:
             self.slots, self.pool, config.prefill_chunk, self.cache.copy_block, self.table.release
         )
         self.runner = Runner(self.weights.target, self.cache, device)
-        self.row_invariant = self.coupled = False
+        self.row_invariant = self.coupled = self._canary_due = False
 
     def start(self, weights: Iterable[tuple[str, Tensor]], version: int) -> UpdateReport:
         """Load the first weights, probe the numerics and settle on a verifier."""
@@ -165,8 +165,10 @@ class TorchBackend:
         """Put staged weights in force and drop what the old ones computed: samples in flight recompute."""
         self.weights.commit(report)
         self.scheduler.preempt_all()
-        self.cache.clear()
-        self._drafter_follows()
+        self._canary_due = self.cache.released
+        if not self.cache.released:
+            self.cache.clear()
+            self._drafter_follows()
 
     def sleep(self, *, discard_weights: bool = False) -> None:
         """Give up the KV cache, and the weights if asked; samples in flight wait and recompute."""
@@ -176,8 +178,11 @@ class TorchBackend:
             self.weights.discard()
 
     def wake_up(self) -> None:
-        """Take the KV cache back."""
+        """Take the KV cache back; the canary of an update received asleep runs now."""
         self.cache.clear()
+        if self._canary_due:
+            self._drafter_follows()
+            self._canary_due = False
 
     @torch.inference_mode()
     def score(self, model: Decoder, tokens: np.ndarray) -> Tensor:
@@ -187,7 +192,7 @@ class TorchBackend:
             return self.runner.score(model, tokens, blocks)
         finally:
             if model is not self.weights.target:
-                self.cache.wipe(blocks)
+                self.cache.wipe([*blocks, self.cache.scratch_block])
             self.pool.free(blocks)
 
     def _drafter_follows(self) -> None:

@@ -115,6 +115,11 @@ class KVCache:
             remedy = f"no memory for this KV cache; lower kv_cache_tokens or kv_cache_bytes ({error})"
             raise invalid("kv_cache_tokens", self.num_blocks * self.block_size, remedy) from error
 
+    @property
+    def released(self) -> bool:
+        """Whether the memory is given up."""
+        return not self.keys.numel()
+
     def release(self) -> None:
         """Free the memory; `clear` takes it back."""
         self.keys = self.values = torch.empty(0)

@@ -241,6 +241,15 @@ def test_closing_a_stream_frees_its_requests(engine, prompts):
     assert stats.live == stats.waiting == 0 and stats.kv_tokens_free == stats.kv_tokens
 
 
+def test_an_engine_without_weights_says_so(engine, model, prompts):
+    engine.sleep(level=2)
+    engine.wake_up()
+    with pytest.raises(RuntimeError, match="update_weights"):
+        engine.generate(prompts)
+    engine.update_weights(model.named_parameters())
+    assert len(engine.generate(prompts, SamplingParams(max_tokens=4))) == len(prompts)
+
+
 def test_sleep_wakes_up_to_the_same_answers(make_engine, model, prompts):
     engine = make_engine()
     params = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -250,12 +259,13 @@ def test_sleep_wakes_up_to_the_same_answers(make_engine, model, prompts):
         assert engine.backend.cache.nbytes == 0
         with pytest.raises(RuntimeError, match="wake_up"):
             engine.generate(prompts)
+        if level == 2:
+            engine.update_weights(model.named_parameters(), version=5)
+            assert engine.backend.cache.nbytes == 0 and engine.stats().canary_acceptance is None
         engine.wake_up()
         if level == 2:
-            with pytest.raises(RuntimeError, match="update_weights"):
-                engine.generate(prompts)
-            engine.update_weights(model.named_parameters(), version=5)
-            assert engine.stats().version == 5
+            stats = engine.stats()
+            assert stats.version == 5 and stats.canary_acceptance > 0 and stats.drafter == "nf4"
             assert len(engine.generate(prompts, params)) == len(prompts)
         else:
             assert tokens(engine.generate(prompts, params, request_ids=list("abcdef"))) == before
