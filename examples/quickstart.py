@@ -62,19 +62,19 @@ async def stream(engine: RolloutEngine, prompt: str) -> None:
 
 async def interrupt_and_resume(engine: RolloutEngine, prompt: str) -> bool:
     """Abort a request on its way, and go on with it later: the answer is the one it would have had."""
-    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
     (whole,) = engine.generate(prompt, params, request_ids=["whole"])
     request = asyncio.create_task(engine.generate_async(prompt, params, request_id="whole"))
     while not engine.stats().live:
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
     engine.abort(["whole"])
     (partial,) = await request
     done = len(partial.token_ids)
-    rest = SamplingParams(max_tokens=200 - done, ignore_eos=True)
-    (resumed,) = engine.generate(
-        [partial.prompt_token_ids + partial.token_ids], rest, request_ids=["whole"]
+    rest = SamplingParams(max_tokens=100 - done, ignore_eos=True)
+    (resumed,) = engine.generate([partial.prompt_token_ids + partial.token_ids], rest, request_ids=["whole"])
+    print(
+        f"  aborted after {done} tokens ({partial.finish_reason.value}), resumed for {len(resumed.token_ids)}"
     )
-    print(f"  aborted after {done} tokens ({partial.finish_reason.value}), resumed for {len(resumed.token_ids)}")
     return partial.token_ids + resumed.token_ids == whole.token_ids
 
 
@@ -86,10 +86,12 @@ def main(policy: Path) -> None:
     engine = RolloutEngine.from_pretrained(policy, dtype="float32", seed=0, speculation={"drafter": "nf4"})
 
     print("1. a group of rollouts")
-    problems = sample(4, seed=1)
+    problems = sample(3, seed=1)
     completions, rewards = generate_groups(engine, problems)
     first = completions[0]
-    print(f"  {problems[0].prompt}{first.text}   reward {rewards[0, 0]:g}, finished by {first.finish_reason.value}")
+    print(
+        f"  {problems[0].prompt}{first.text}   reward {rewards[0, 0]:g}, finished by {first.finish_reason.value}"
+    )
     print(f"  logprobs of the first tokens: {[round(x, 3) for x in first.logprobs[:5]]}")
     print(f"  sampled under: {first.version_spans}")
     print(f"  speculation: {first.spec}")

@@ -305,9 +305,9 @@ class RolloutEngine:
         if level not in (1, 2):
             raise invalid("level", level, "use 1 (free the KV cache) or 2 (free the weights too)")
         with self._changed:
-            if not self._asleep:
+            if not self._asleep or (level == 2 and not self._no_weights):
                 self.backend.sleep(discard_weights=level == 2)
-                self._asleep, self._no_weights = True, level == 2
+                self._asleep, self._no_weights = True, self._no_weights or level == 2
 
     def wake_up(self) -> None:
         """Take the memory back; harmless when awake."""

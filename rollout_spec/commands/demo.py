@@ -10,11 +10,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from rollout_spec.engine import RolloutEngine
 
 MAX_TOKENS = 512  # the longest worked solution of the example
-DRAFT_LENGTH = int(__import__("os").environ.get("DL","6"))
+DRAFT_LENGTH = 7  # this policy is predictable: most of seven drafts are accepted
 SIZES = ("100m", "300m")
-SHOWN = 3  # sample answers
+SHOWN, LONGEST_SHOWN = 3, 200  # sample answers, and characters of one
 POOL = 16  # held-out problems per problem of the demo, which are spread over their lengths
 PLAIN, SPECULATIVE = "plain", "speculative"
 
@@ -99,7 +100,7 @@ def expanded(example: Path, size: str) -> Path:
     weights = policy / "model.safetensors"
     if not weights.is_file():
         raise RolloutSpecError(
-            f"{policy}: no policy here; check the checkout out completely (git lfs is not needed), train one with "
+            f"{policy}: no policy here; train one with "
             "`python examples/arithmetic/train.py`, or name a model: rollout-spec demo MODEL"
         )
     digest = hashlib.sha256(weights.read_bytes() + (example / "expand.py").read_bytes()).hexdigest()[:12]
@@ -170,11 +171,17 @@ def command(
     }
     rollouts = {name: Rollout.of(runs[name], rewards[name], seconds[name]) for name in runs}
     same = sum(
-        a.token_ids == b.token_ids and a.logprobs == b.logprobs for a, b in zip(runs[PLAIN], runs[SPECULATIVE])
+        a.token_ids == b.token_ids and a.logprobs == b.logprobs
+        for a, b in zip(runs[PLAIN], runs[SPECULATIVE])
     )
     spec = sum((completion.spec for completion in runs[SPECULATIVE]), SpecCounts())
     checks = [
-        Check("trajectories, with logprobs", f"{same} of {len(runs[PLAIN])} identical", "all", same == len(runs[PLAIN])),
+        Check(
+            "trajectories, with logprobs",
+            f"{same} of {len(runs[PLAIN])} identical",
+            "all",
+            same == len(runs[PLAIN]),
+        ),
         Check("drafts accepted", spec.accepted, "some", spec.accepted > 0),
     ]
     speedup = seconds[PLAIN] / seconds[SPECULATIVE]
@@ -200,7 +207,9 @@ def command(
 def _engine(folder: Path, seed: int) -> RolloutEngine:
     from rollout_spec.engine import RolloutEngine
 
-    engine = RolloutEngine.from_pretrained(folder, seed=seed, speculation={"verifier": "coupled", "draft_length": DRAFT_LENGTH})
+    engine = RolloutEngine.from_pretrained(
+        folder, seed=seed, speculation={"verifier": "coupled", "draft_length": DRAFT_LENGTH}
+    )
     if engine.tokenizer is None:
         raise RolloutSpecError(f"{folder}: no tokenizer; the demo's prompts are text")
     return engine
@@ -227,8 +236,6 @@ def roll_out(
     engine: RolloutEngine, prompts: list[str], group: int, console: Console
 ) -> tuple[dict[str, list[Completion]], dict[str, float]]:
     """The same requests plainly and with the engine's own draft lengths; completions and seconds of each."""
-    import time
-
     from rollout_spec.contracts import SamplingParams
     from rollout_spec.observe.live import LiveRollouts
     from rollout_spec.policy.draft_length import FixedDraftLength
@@ -293,13 +300,19 @@ def print_proof(
 
 
 def _text(completion: Completion) -> str:
-    return completion.text.replace("\n", " ")
+    """The answer on one line; what a model says must not drive a terminal."""
+    text = "".join(character if character.isprintable() else "·" for character in completion.text)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def caveat(report: Report, engine: RolloutEngine, model: Path | None) -> str:
     """What the figures are, and what they are not."""
     machine = report.machine
-    where = f"{machine.cpu}, {machine.threads} threads" if engine.backend.device.type == "cpu" else machine.gpus[0]
+    where = (
+        f"{machine.cpu}, {machine.threads} threads"
+        if engine.backend.device.type == "cpu"
+        else machine.gpus[0]
+    )
     text = f"Measured once each, one after the other, on this machine ({where})."
     if model is None:
         text += (

@@ -132,7 +132,8 @@ def command(
         vocab = engine.backend.spec.vocab_size if engine.tokenizer is None else None
         texts = default_prompts(requests or 8, vocab) if given is None else given[:requests]
         settings = Settings(tokenized(engine, texts), seeds, max_tokens, samples)
-        if engine.backend.weights.drafter is None:
+        used = engine.backend.weights.drafter
+        if used is None:
             raise RolloutSpecError(f"--drafter {drafter}: gives no drafter here; name another kind")
         verdict = Proof(engine, settings, lambda: read_checkpoint(model), status.update).run()
 
@@ -144,7 +145,7 @@ def command(
         "backend": backend,
         "device": str(built.device),
         "dtype": str(built.dtype).removeprefix("torch."),
-        "drafter": built.weights.drafter.name,
+        "drafter": used.name,
         "row_invariant": built.row_invariant,
     }
     level = verdict.level

@@ -139,7 +139,11 @@ class LiveRollouts:
             f"{name}: {p.finished} of {p.total} samples, {p.tokens:,} tokens, {p.tokens_per_second:,.0f} tok/s, "
             f"{p.live} live, {p.seconds:.1f} s"
         )
-        return line if math.isnan(p.spec.tau) else f"{line}, acceptance {p.spec.acceptance:.2f}, tau {p.spec.tau:.2f}"
+        return (
+            line
+            if math.isnan(p.spec.tau)
+            else f"{line}, acceptance {p.spec.acceptance:.2f}, tau {p.spec.tau:.2f}"
+        )
 
     def table(self) -> Table:
         """The rollouts so far."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -189,8 +189,10 @@ class Proof:
 
     def _distribution(self, plain: list[Completion]) -> bool:
         best = contexts(self.engine, plain[: len(self.settings.prompts)], 2)
-        cuts = CUTS if self.invariant else {"temperature": CUTS["temperature"]}
-        ways = (
+        cuts: dict[str, Any] = CUTS if self.invariant else {"temperature": CUTS["temperature"]}
+        ways: tuple[
+            tuple[list[int], dict[str, Any], Callable[[], AbstractContextManager[None]], str], ...
+        ] = (
             (best[0], {}, nullcontext, "own drafter"),
             (best[0], {}, partial(distorted, self.engine), "distorted drafter"),
             (best[-1], cuts, partial(distorted, self.engine), "distorted drafter, cuts"),
@@ -200,7 +202,7 @@ class Proof:
             found = Distribution()
             for context, options, drafter, how in ways:
                 self._progress(f"distribution: {name}, {how}")
-                params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, **options)  # type: ignore[arg-type]
+                params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, **options)
                 with drafter():
                     found += distribution(
                         self.engine, context, params, self.settings.samples, coupled=name == "coupled"

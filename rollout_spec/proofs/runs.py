@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rollout_spec.contracts import Completion, SamplingParams, SpecCounts
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.policy.draft_length import DraftLengthPolicy, FixedDraftLength, RandomDraftLength
 from rollout_spec.sampling.noise import fold
 
-CUTS = {"temperature": 0.7, "top_p": 0.9}
+CUTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
 OFF = FixedDraftLength(0)
 
 

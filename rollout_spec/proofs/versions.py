@@ -80,7 +80,9 @@ class _Pause:
 async def _streamed(
     engine: RolloutEngine, prompts: Sequence[list[int]], params: Sequence[SamplingParams], ids: Sequence[str]
 ) -> list[Completion]:
-    calls = (engine.generate_async(*call, request_id=name) for *call, name in zip(prompts, params, ids))
+    calls = (
+        engine.generate_async(prompt, p, request_id=name) for prompt, p, name in zip(prompts, params, ids)
+    )
     return [group[0] for group in await asyncio.gather(*calls)]
 
 
