@@ -37,8 +37,8 @@ class SpeculationConfig:
             or `auto`: coupled if the row-invariance probe passes, rejection otherwise.
         quantize_lm_head: Also quantize the drafter's lm_head.
         canary: After each weight update compare drafter and target on recent contexts.
-        canary_min_acceptance: Below this mean acceptance (1 - TV) in the canary the drafter is reported and
-            set aside.
+        canary_min_acceptance: A drafter accepted less than this per token is reported and set aside: `1 - TV`
+            in the canary, and, canary or not, the share accepted of the last 512 draft tokens tried.
     """
 
     drafter: str = "auto"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import numbers
 import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,24 +20,23 @@ from rollout_spec.contracts import (
     RolloutSpecError,
     SamplingParams,
     SpecCounts,
-    VersionSpan,
     WeightError,
     invalid,
 )
 from rollout_spec.drafters.guard import DrafterReport
 from rollout_spec.models.checkpoint import read_checkpoint, read_config, state_dict_from
 from rollout_spec.models.spec import ModelSpec
+from rollout_spec.requests import Prompt, RequestReader, noise_key, read_request_ids
 from rollout_spec.sampling.noise import fold
 from rollout_spec.sampling.pipeline import Processed, token_logprobs
 from rollout_spec.torch_backend.backend import StepTimes, TorchBackend
+from rollout_spec.torch_backend.completions import spec_counts, to_completion
 from rollout_spec.torch_backend.kv_cache import OutOfBlocks
-from rollout_spec.torch_backend.slots import ACCEPTED, DRAFTED, PLAIN_STEPS, VERIFY_STEPS, Sample
+from rollout_spec.torch_backend.slots import Sample
 from rollout_spec.torch_backend.weights import UpdateReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Prompt = str | Sequence[int]
 
 
 class EngineAsleep(RolloutSpecError, RuntimeError):
@@ -61,8 +58,9 @@ class EngineStats:
         live, waiting: Sequences being decoded, and waiting.
         kv_tokens, kv_tokens_free: Capacity of the KV cache and what of it is free, in tokens.
         preemptions: Sequences sent back to the queue for lack of memory or by a weight update.
-        finished, generated_tokens: Completions delivered and their tokens.
-        spec: Speculation counts over all finished samples.
+        finished: Samples that ended, aborted ones included.
+        generated_tokens: Output tokens of all samples so far, those in flight included.
+        spec: Speculation counts over the same tokens.
         times: Where step time went, in seconds.
         last_update: What the last weight update cost.
     """
@@ -104,14 +102,17 @@ class RolloutEngine:
         update: UpdateReport,
     ) -> None:
         self.backend, self.config, self.tokenizer = backend, config, tokenizer
+        self._reader = RequestReader(
+            tokenizer, backend.spec.vocab_size, backend.max_model_len, backend.kv_tokens
+        )
         self._changed = threading.Condition(threading.RLock())
         self._update_lock = threading.Lock()
         self._asleep = False
         self._no_weights = False
         self._live: dict[str, list[Sample]] = {}
         self._submitted: dict[str, int] = {}
-        self._finished = self._tokens = 0
-        self._spec = SpecCounts()
+        self._finished = 0
+        self._commits_waiting = 0
         self._last_update = update
 
     # --- construction ----------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ class RolloutEngine:
             InvalidRequest: A prompt or parameter cannot be honoured; nothing was started.
             EngineAsleep: Call `wake_up` (or `update_weights`) first.
         """
-        groups = self._submit(*self._requests(prompts, sampling_params, n, seeds, request_ids))
+        groups = self._submit(*self._reader.read(prompts, sampling_params, n, seeds, request_ids))
         samples = [sample for group in groups for sample in group]
         try:
             while any(sample.finish_reason is None for sample in samples):
@@ -218,7 +219,7 @@ class RolloutEngine:
         except BaseException:
             self._withdraw(samples)
             raise
-        return [self._completion(sample) for sample in samples]
+        return [to_completion(sample, self.tokenizer) for sample in samples]
 
     async def stream(
         self,
@@ -233,14 +234,14 @@ class RolloutEngine:
         aborts what is left of the request.
         """
         ids = None if request_id is None else [request_id]
-        groups = self._submit(*self._requests([prompt], sampling_params, None, None, ids))
+        groups = self._submit(*self._reader.read([prompt], sampling_params, None, None, ids))
         pending = list(groups[0])
         try:
             while pending:
                 await asyncio.to_thread(self._advance)
                 for sample in [sample for sample in pending if sample.finish_reason is not None]:
                     pending.remove(sample)
-                    yield self._completion(sample)
+                    yield to_completion(sample, self.tokenizer)
         finally:
             self._withdraw(pending)
 
@@ -258,14 +259,17 @@ class RolloutEngine:
         the same policy version the answer is the one that would have been given without the interruption.
         """
         with self._changed:
-            ids = list(self._live) if request_ids is None else _request_ids(request_ids)
+            ids = list(self._live) if request_ids is None else read_request_ids(request_ids)
             for request_id in ids:
                 if request_id not in self._live:
                     raise invalid(
                         "request_ids", request_id, "not in flight; pass ids given to generate or stream"
                     )
             for request_id in dict.fromkeys(ids):
-                self.backend.abort(self._live.pop(request_id))
+                samples = list(self._live[request_id])
+                self.backend.abort(samples)
+                for sample in samples:
+                    self._forget(sample)
             self._changed.notify_all()
 
     # --- weights and memory ----------------------------------------------------------------------------
@@ -289,7 +293,9 @@ class RolloutEngine:
         with self._update_lock:
             version = self.backend.weights.version + 1 if version is None else version
             report = self.backend.weights.stage(weights, version)
+            self._commits_waiting += 1
             with self._changed:
+                self._commits_waiting -= 1
                 self.backend.commit(report)
                 self._submitted.clear()
                 self._no_weights = False
@@ -322,7 +328,7 @@ class RolloutEngine:
         with self._changed:
             backend = self.backend
             drafter = backend.weights.drafter
-            usable = drafter is not None and backend.guard.usable(drafter, backend.weights.version)
+            usable = backend.guard.usable(drafter, backend.weights.version)
             exactness = ("E2" if backend.row_invariant else "E1") if backend.coupled else "E0"
             return EngineStats(
                 version=backend.weights.version,
@@ -337,8 +343,8 @@ class RolloutEngine:
                 kv_tokens_free=backend.pool.available * self.config.block_size,
                 preemptions=backend.scheduler.preemptions,
                 finished=self._finished,
-                generated_tokens=self._tokens,
-                spec=self._spec,
+                generated_tokens=backend.generated_tokens,
+                spec=spec_counts(backend.spec_counters),
                 times=replace(backend.times),
                 last_update=self._last_update,
             )
@@ -350,7 +356,7 @@ class RolloutEngine:
             InvalidRequest: Not a list of token ids, or more of them than the context or the free KV cache holds.
             EngineAsleep: Call `wake_up` (or `update_weights`) first.
         """
-        tokens = self._token_ids(token_ids, "token_ids")
+        tokens = self._reader.token_ids(token_ids, "token_ids")
         longest = self.backend.max_model_len
         if len(tokens) > longest:
             raise InvalidRequest(
@@ -370,84 +376,6 @@ class RolloutEngine:
 
     # --- inside ----------------------------------------------------------------------------------------
 
-    def _requests(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        n: int | None,
-        seeds: Sequence[int] | None,
-        request_ids: Sequence[str] | None,
-    ) -> tuple[list[np.ndarray], list[SamplingParams], list[str] | None]:
-        """Validate everything before anything starts."""
-        rows = (
-            [prompts] if isinstance(prompts, str) else _as_list("prompts", prompts, "texts or token id lists")
-        )
-        if rows and isinstance(rows[0], numbers.Integral):
-            rows = [rows]
-        tokens = [self._token_ids(prompt, f"prompts[{row}]") for row, prompt in enumerate(rows)]
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(tokens)
-        else:
-            params = _as_list("sampling_params", sampling_params, "SamplingParams, one per prompt")
-        for row, p in enumerate(params):
-            if not isinstance(p, SamplingParams):
-                raise invalid(f"sampling_params[{row}]", p, "give SamplingParams; from_dict makes them")
-        seeds = None if seeds is None else _as_list("seeds", seeds, "integers, one per prompt")
-        ids = None if request_ids is None else _request_ids(request_ids)
-        for name, values in (("sampling_params", params), ("seeds", seeds), ("request_ids", ids)):
-            if values is not None and len(values) != len(tokens):
-                raise InvalidRequest(
-                    f"{name}: {len(values)} given for {len(tokens)} prompts; give one per prompt"
-                )
-        if n is not None:
-            params = [replace(p, n=n) for p in params]
-        if seeds is not None:
-            params = [replace(p, seed=seed) for p, seed in zip(params, seeds, strict=True)]
-        if ids is not None and len(set(ids)) < len(ids):
-            raise invalid("request_ids", ids, "must be distinct")
-        for prompt, p in zip(tokens, params, strict=True):
-            self._check_fits(prompt, p)
-        return tokens, params, ids
-
-    def _token_ids(self, prompt: Prompt, name: str) -> np.ndarray:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise invalid(name, prompt, "this engine has no tokenizer; give token ids")
-            prompt = self.tokenizer(prompt)["input_ids"]
-        try:
-            tokens = np.asarray(prompt)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise invalid(name, prompt, "give text or one flat list of integer token ids") from error
-        if tokens.shape == (0,):
-            raise invalid(name, prompt, "give at least one token")
-        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise invalid(name, prompt, "give text or one flat list of integer token ids")
-        vocab = self.backend.spec.vocab_size
-        outside = (tokens < 0) | (tokens >= vocab)
-        if outside.any():
-            raise invalid(name, int(tokens[outside][0]), f"token ids lie in [0, {vocab})")
-        return tokens.astype(np.int64)
-
-    def _check_fits(self, prompt: np.ndarray, params: SamplingParams) -> None:
-        longest = self.backend.max_model_len
-        if len(prompt) >= longest:
-            raise InvalidRequest(
-                f"prompt of {len(prompt)} tokens: the context holds {longest}, answer included; shorten the prompt "
-                "or raise max_model_len"
-            )
-        if min(len(prompt) + (params.max_tokens or 1), longest) > self.backend.kv_tokens:
-            raise InvalidRequest(
-                f"max_tokens={params.max_tokens} after a prompt of {len(prompt)} tokens: the KV cache holds "
-                f"{self.backend.kv_tokens} tokens; lower max_tokens or raise kv_cache_tokens"
-            )
-        if params.stop and self.tokenizer is None:
-            raise invalid("stop", params.stop, "this engine has no tokenizer; use stop_token_ids")
-        vocab = self.backend.spec.vocab_size
-        for field_name in ("stop_token_ids", "logit_bias"):
-            for token in getattr(params, field_name) or ():
-                if token >= vocab:
-                    raise invalid(field_name, token, f"token ids lie in [0, {vocab})")
-
     def _submit(
         self, prompts: list[np.ndarray], params: list[SamplingParams], ids: list[str] | None
     ) -> list[list[Sample]]:
@@ -460,17 +388,24 @@ class RolloutEngine:
             groups = []
             for row, (tokens, p) in enumerate(zip(prompts, params, strict=True)):
                 request_id = ids[row] if ids else self._own_id(tokens, p.seed)
-                words = (self.config.seed,) if p.seed is None else (self.config.seed, p.seed)
-                key = fold(*words, 1, int.from_bytes(request_id.encode(), "little"))
                 limit = min(
                     len(tokens) + (p.max_tokens or backend.max_model_len),
                     backend.max_model_len,
                     backend.kv_tokens,
                 )
                 ends = p.stop_token_ids + (() if p.ignore_eos else backend.spec.eos_token_ids)
+                ends = tuple(dict.fromkeys(ends))
                 prompt = backend.scheduler.prompt(tokens)
                 group = [
-                    Sample(request_id, index, prompt, p, fold(key, index), limit, tuple(dict.fromkeys(ends)))
+                    Sample(
+                        request_id,
+                        index,
+                        prompt,
+                        p,
+                        noise_key(self.config.seed, request_id, p.seed, index),
+                        limit,
+                        ends,
+                    )
                     for index in range(p.n)
                 ]
                 for sample in group:
@@ -496,8 +431,8 @@ class RolloutEngine:
     def _advance(self) -> None:
         """Run one step for everybody, or wait while there is nothing to run."""
         with self._changed:
-            if self._asleep or self._no_weights:
-                self._changed.wait(timeout=0.1)
+            if self._asleep or self._no_weights or self._commits_waiting:
+                self._changed.wait(timeout=0.1)  # locks are not fair: a commit would wait for many steps
                 return
             if not self.backend.has_work:
                 return
@@ -506,6 +441,7 @@ class RolloutEngine:
             self._changed.notify_all()
 
     def _forget(self, sample: Sample) -> None:
+        self._finished += 1
         group = self._live[sample.request_id]
         group.remove(sample)
         if not group:
@@ -524,66 +460,6 @@ class RolloutEngine:
             raise EngineAsleep("the engine is asleep; call wake_up() first")
         if self._no_weights:
             raise EngineAsleep("the engine slept at level 2 and has no weights; call update_weights() first")
-
-    def _stop_place(self, sample: Sample, text: str) -> int:
-        """Where in `text` the stop string begins that the last token completed (`min_tokens` may skip others)."""
-        assert self.tokenizer is not None and isinstance(sample.stop_reason, str)
-        before = len(self.tokenizer.decode(sample.output[:-1], skip_special_tokens=True))
-        for start in (max(0, before - len(sample.stop_reason) + 1), 0):
-            if (place := text.find(sample.stop_reason, start)) >= 0:
-                return place
-        return len(text)
-
-    def _completion(self, sample: Sample) -> Completion:
-        assert sample.finish_reason is not None
-        text = ""
-        if self.tokenizer is not None:
-            text = str(self.tokenizer.decode(sample.output.tolist(), skip_special_tokens=True))
-        if isinstance(sample.stop_reason, str):
-            text = text[: self._stop_place(sample, text)]
-        starts = [*sample.version_starts, (len(sample.output), -1)]
-        spans = [VersionSpan(a, b, v) for (a, v), (b, _) in itertools.pairwise(starts) if b > a]
-        spec = SpecCounts(
-            drafted=int(sample.spec[DRAFTED]),
-            accepted=int(sample.spec[ACCEPTED]),
-            verify_steps=int(sample.spec[VERIFY_STEPS]),
-            plain_steps=int(sample.spec[PLAIN_STEPS]),
-        )
-        logprobs, processed, mass = sample.logprobs.tolist()
-        completion = Completion(
-            request_id=sample.request_id,
-            index=sample.index,
-            prompt_token_ids=sample.prompt.tokens.tolist(),
-            token_ids=sample.output.tolist(),
-            text=text,
-            logprobs=logprobs,
-            processed_logprobs=processed,
-            mask_mass=mass,
-            top_logprobs=sample.top_logprobs if sample.params.logprobs else None,
-            finish_reason=sample.finish_reason,
-            stop_reason=sample.stop_reason,
-            version_spans=spans,
-            spec=spec,
-        )
-        with self._changed:
-            self._finished += 1
-            self._tokens += len(completion.token_ids)
-            self._spec += spec
-        return completion
-
-
-def _as_list(name: str, values: Any, wanted: str) -> list[Any]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise invalid(name, values, f"give a list of {wanted}")
-    return list(values)
-
-
-def _request_ids(values: Any) -> list[str]:
-    ids = _as_list("request_ids", values, "strings")
-    for row, request_id in enumerate(ids):
-        if not isinstance(request_id, str) or not request_id.isprintable():
-            raise invalid(f"request_ids[{row}]", request_id, "use a string of printable characters")
-    return ids
 
 
 def _config(config: EngineConfig | Mapping[str, Any] | None, options: Mapping[str, Any]) -> EngineConfig:

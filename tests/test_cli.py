@@ -134,7 +134,8 @@ def test_the_table_of_commands_matches_the_folder() -> None:
     for name in cli.COMMANDS:
         command = cli.main.get_command(click.Context(cli.main), name)
         assert isinstance(command, click.Command)
-        assert "json_path" in {parameter.name for parameter in command.params}
+        for leaf in command.commands.values() if isinstance(command, click.Group) else [command]:
+            assert "json_path" in {parameter.name for parameter in leaf.params}
 
 
 def test_an_unknown_command_is_a_usage_error_naming_the_known_ones() -> None:

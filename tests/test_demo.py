@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rollout_spec import RolloutEngine, SamplingParams, cli
+from rollout_spec import RolloutEngine, SamplingParams, cli, example_policy
 from rollout_spec.commands import demo
 from rollout_spec.contracts import RolloutSpecError
 from rollout_spec.observe.live import LiveRollouts, Meter
@@ -93,9 +93,10 @@ def test_trajectories_that_differ_fail_the_demo(policy, monkeypatch):
 
 def test_a_missing_policy_is_said_with_the_remedy(tmp_path, monkeypatch):
     (tmp_path / "problems.py").write_text((ARITHMETIC / "problems.py").read_text())
-    monkeypatch.setattr(demo, "example_folder", lambda: tmp_path)
+    (tmp_path / "expand.py").write_text("")
+    monkeypatch.setattr(example_policy, "example_folder", lambda: tmp_path)
     status, output = run()
-    assert status == 2 and "no policy here" in output and "rollout-spec demo MODEL" in output
+    assert status == 2 and "no policy here" in output and "name a model of your own" in output
 
 
 def test_the_grown_policy_is_made_once_and_again_when_the_policy_changes(tmp_path, monkeypatch):
@@ -111,11 +112,13 @@ def test_the_grown_policy_is_made_once_and_again_when_the_policy_changes(tmp_pat
     (tmp_path / "expand.py").write_text("")
     monkeypatch.setenv("ROLLOUT_SPEC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(subprocess, "run", grow)
-    first = demo.expanded(tmp_path, "100m")
-    assert demo.expanded(tmp_path, "100m") == first and len(made) == 1
+    monkeypatch.setattr(example_policy, "example_folder", lambda: tmp_path)
+    first = example_policy.expanded_policy("100m")
+    assert example_policy.expanded_policy("100m") == first and len(made) == 1
+    assert example_policy.expanded_policy("100m", vocab=64) != first and len(made) == 2
     assert first.parent == tmp_path / "cache" and "--size" in made[0]
     weights.write_bytes(b"2")
-    assert demo.expanded(tmp_path, "100m") != first and len(made) == 2
+    assert example_policy.expanded_policy("100m") != first and len(made) == 3
 
 
 def test_growing_that_fails_says_why(tmp_path, monkeypatch):
@@ -123,13 +126,14 @@ def test_growing_that_fails_says_why(tmp_path, monkeypatch):
     (tmp_path / "policy" / "model.safetensors").write_bytes(b"1")
     (tmp_path / "expand.py").write_text("raise ValueError('too small')")
     monkeypatch.setenv("ROLLOUT_SPEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(example_policy, "example_folder", lambda: tmp_path)
     with pytest.raises(RolloutSpecError, match="too small"):
-        demo.expanded(tmp_path, "100m")
+        example_policy.expanded_policy("100m")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_problems_are_spread_over_all_lengths():
-    problems = demo.load_problems(ARITHMETIC).sample(100, 0, "test")
+    problems = example_policy.load_problems().sample(100, 0, "test")
     lengths = [len(problem.prompt) for problem in demo.spread(problems, 5)]
     assert lengths == sorted(lengths)
     assert lengths[0] == min(len(p.prompt) for p in problems)

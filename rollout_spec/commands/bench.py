@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rollout_spec.commands.engine_benchmark import EngineBenchmark
-from rollout_spec.commands.example_policy import SIZES
+from rollout_spec.benchmarks.engine import EngineBenchmark
+from rollout_spec.example_policy import SIZES
 from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, report_options
 
 

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
-import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,14 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from rollout_spec.contracts import Completion, RolloutSpecError, SpecCounts
+from rollout_spec.example_policy import SIZES, expanded_policy, load_problems
 from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, report_options
 
 if TYPE_CHECKING:
     from rollout_spec.engine import RolloutEngine
 
 MAX_TOKENS = 512  # the longest worked solution of the example
-DRAFT_LENGTH = 7  # this policy is predictable: most of seven drafts are accepted
-SIZES = ("100m", "300m")
+DRAFT_LENGTH, LARGEST_BATCH = 6, 8  # speculate this far ahead, and only while so few samples are live
 SHOWN, LONGEST_SHOWN = 3, 200  # sample answers, and characters of one
 POOL = 16  # held-out problems per problem of the demo, which are spread over their lengths
 PLAIN, SPECULATIVE = "plain", "speculative"
@@ -67,61 +59,6 @@ class Rollout:
         )
 
 
-def example_folder() -> Path:
-    """`examples/arithmetic` of the checkout this package runs from, or of the current folder."""
-    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
-        folder = root / "examples" / "arithmetic"
-        if (folder / "problems.py").is_file():
-            return folder
-    raise RolloutSpecError(
-        "examples/arithmetic: not found; the demo's prompts live in a checkout of the project, run it in one"
-    )
-
-
-def load_problems(folder: Path) -> ModuleType:
-    """The example's prompts and rewards; the file needs only the standard library."""
-    name = "rollout_spec_demo_problems"
-    spec = importlib.util.spec_from_file_location(name, folder / "problems.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def cache_folder() -> Path:
-    """$ROLLOUT_SPEC_CACHE, else ~/.cache/rollout-spec."""
-    return Path(os.environ.get("ROLLOUT_SPEC_CACHE") or Path.home() / ".cache" / "rollout-spec")
-
-
-def expanded(example: Path, size: str) -> Path:
-    """The shipped policy, grown to `size`; made once per policy and kept in the cache."""
-    policy = example / "policy"
-    weights = policy / "model.safetensors"
-    if not weights.is_file():
-        raise RolloutSpecError(
-            f"{policy}: no policy here; train one with "
-            "`python examples/arithmetic/train.py`, or name a model: rollout-spec demo MODEL"
-        )
-    digest = hashlib.sha256(weights.read_bytes() + (example / "expand.py").read_bytes()).hexdigest()[:12]
-    target = cache_folder() / f"arithmetic-{size}-{digest}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / "policy"
-        command = [sys.executable, str(example / "expand.py"), "--size", size, "--policy", str(policy)]
-        run = subprocess.run([*command, "--out", str(made)], capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise RolloutSpecError(f"expand.py failed: {run.stderr.strip().splitlines()[-1]}")
-        try:
-            made.rename(target)
-        except OSError:  # another demo was faster
-            if not target.is_dir():
-                shutil.move(made, target)
-    return target
-
-
 def spread(problems: Sequence[Any], count: int) -> list[Any]:
     """`count` of the problems, evenly spaced from the shortest to the longest: few problems, all lengths."""
     ordered = sorted(problems, key=lambda problem: len(problem.prompt))
@@ -137,7 +74,7 @@ def spread(problems: Sequence[Any], count: int) -> list[Any]:
 @click.option(
     "--size",
     type=click.Choice(SIZES),
-    default="100m",
+    default="300m",
     show_default=True,
     help="Parameters to grow the shipped policy to.",
 )
@@ -150,11 +87,10 @@ def command(
     Without MODEL, the policy shipped in examples/arithmetic is used, grown to --size parameters that compute
     the same function. MODEL, a folder, is used as it is.
     """
-    example = example_folder()
-    problems_module = load_problems(example)
+    problems_module = load_problems()
     console = Console()
     with console.status("preparing the policy"):
-        folder = expanded(example, size) if model is None else model
+        folder = expanded_policy(size) if model is None else model
         engine = _engine(folder, seed)
     problems = spread(problems_module.sample(POOL * requests, seed, "test"), requests)
     about = f"{_parameters(engine) / 1e6:.0f} M parameters"
@@ -235,12 +171,12 @@ def _how(engine: RolloutEngine) -> str:
 def roll_out(
     engine: RolloutEngine, prompts: list[str], group: int, console: Console
 ) -> tuple[dict[str, list[Completion]], dict[str, float]]:
-    """The same requests plainly and with the engine's own draft lengths; completions and seconds of each."""
+    """The same requests plainly and speculatively; completions and seconds of each."""
     from rollout_spec.contracts import SamplingParams
     from rollout_spec.observe.live import LiveRollouts
     from rollout_spec.policy.draft_length import FixedDraftLength
 
-    policies = {PLAIN: FixedDraftLength(0), SPECULATIVE: engine.backend.policy}
+    policies = {PLAIN: FixedDraftLength(0), SPECULATIVE: FixedDraftLength(DRAFT_LENGTH, LARGEST_BATCH)}
     ids = [f"demo-{row}" for row in range(len(prompts))]
     runs, seconds = {}, {}
     for policy in policies.values():  # both ways once, so that neither pays for the first pass
@@ -313,7 +249,11 @@ def caveat(report: Report, engine: RolloutEngine, model: Path | None) -> str:
         if engine.backend.device.type == "cpu"
         else machine.gpus[0]
     )
-    text = f"Measured once each, one after the other, on this machine ({where})."
+    text = (
+        f"Measured once each, one after the other, on this machine ({where}). The speculative run drafts "
+        f"{DRAFT_LENGTH} tokens ahead while at most {LARGEST_BATCH} samples are live: a setting of the demo, "
+        "chosen for this CPU."
+    )
     if model is None:
         text += (
             " The policy is the shipped one, trained on this task, grown with weights that keep its function: its "

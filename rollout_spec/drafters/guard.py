@@ -19,7 +19,7 @@ from rollout_spec.drafters.base import Drafter, DraftRound, Proposal
 
 logger = logging.getLogger("rollout_spec")
 
-_WATCH_TOKENS = 512  # drafted tokens over which acceptance is judged while decoding
+_WATCH_TOKENS = 512  # draft tokens over which acceptance is judged while decoding
 _CONTEXTS, _CONTEXT_TOKENS = 4, 64
 
 
@@ -51,7 +51,7 @@ class DrafterGuard:
         self.reports: list[DrafterReport] = []
         self.canary_acceptance: float | None = None
         self._set_aside = False
-        self._drafted = self._accepted = 0
+        self._tried = self._accepted = 0
         self._contexts: deque[np.ndarray] = deque(maxlen=_CONTEXTS)
 
     @property
@@ -60,38 +60,42 @@ class DrafterGuard:
         return self._contexts
 
     def usable(self, drafter: Drafter | None, version: int) -> bool:
-        """Whether to draft now; checks that the drafter was made from the policy in force."""
-        if drafter is None or self._set_aside:
-            return False
-        if drafter.version != version:
-            self._report(
-                "stale",
-                f"drafter {drafter.name} was made from policy version {drafter.version}, not {version}",
-                version,
-            )
-            return False
-        return True
+        """Whether the drafter is in order and was made from the policy in force."""
+        return drafter is not None and not self._set_aside and drafter.version == version
+
+    def check(self, drafter: Drafter | None, version: int) -> bool:
+        """`usable`, before drafting: a drafter made from another policy version is reported."""
+        if drafter is not None and not self._set_aside and drafter.version != version:
+            what = f"drafter {drafter.name} was made from policy version {drafter.version}, not {version}"
+            self._report("stale", what, version)
+        return self.usable(drafter, version)
 
     def propose(self, drafter: Drafter, round: DraftRound) -> Proposal | None:
         """The drafter's proposal, or None if it raised."""
         try:
             return drafter.propose(round)
-        except (
-            Exception
-        ) as error:  # a guest's failure must not end the rollout; it is reported with its cause
+        except Exception as error:  # a guest's failure is reported and must not end the rollout
             cause = f"drafter {drafter.name} raised {type(error).__name__}: {error}"
             self._report("raised", cause, drafter.version, error)
             return None
 
-    def observe(self, proposal: Proposal, drafted: int, accepted: int, version: int) -> None:
-        """Judge a verified proposal: finite logits, and acceptance over the last tokens drafted."""
+    def observe(self, proposal: Proposal, tried: int, accepted: int, version: int) -> None:
+        """Judge a verified proposal: finite logits, and acceptance over the last tokens tried.
+
+        Args:
+            proposal: What the drafter proposed.
+            tried: Draft tokens put to the test: those accepted, and the first rejected of each sequence. Those
+                behind a rejection say nothing about the drafter.
+            accepted: Draft tokens accepted.
+            version: Policy version in force.
+        """
         if not bool(proposal.healthy):
             self._report("nan", "the drafter produced NaN or infinite logits", version)
             return
-        self._drafted, self._accepted = self._drafted + drafted, self._accepted + accepted
-        if self._drafted >= _WATCH_TOKENS:
-            self._judge(self._accepted / self._drafted, f"over {self._drafted} drafted tokens", version)
-            self._drafted = self._accepted = 0
+        self._tried, self._accepted = self._tried + tried, self._accepted + accepted
+        if self._tried >= _WATCH_TOKENS:
+            self._judge(self._accepted / self._tried, f"over {self._tried} draft tokens tried", version)
+            self._tried = self._accepted = 0
 
     def remember(self, tokens: np.ndarray) -> None:
         """Keep the end of a finished sequence as a canary context."""
@@ -113,13 +117,13 @@ class DrafterGuard:
                 be run now.
             error: Why the drafter could not be updated, if it could not.
         """
-        self._set_aside, self._drafted, self._accepted = False, 0, 0
+        self._set_aside, self._tried, self._accepted = False, 0, 0
         self.canary_acceptance = None
         if drafter is not None and error is not None:
             self._report(
                 "raised", f"updating drafter {drafter.name}: {type(error).__name__}: {error}", version, error
             )
-        if not self.config.canary or not self.usable(drafter, version):
+        if not self.check(drafter, version) or not self.config.canary:
             return
         acceptances = []
         for context in self._contexts:

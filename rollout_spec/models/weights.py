@@ -191,7 +191,7 @@ class WeightAssembler:
     def _match_tied(self, name: str, tensor: Tensor) -> None:
         self._tied[name] = tensor
         if len(self._tied) == 2:
-            if not torch.equal(self._tied[EMBED], self._tied[HEAD]):
+            if not torch.equal(*(torch.nan_to_num(self._tied[name]) for name in (EMBED, HEAD))):
                 raise WeightError(
                     f"{HEAD} differs from {EMBED}, but the config says tie_word_embeddings=true; "
                     "set it to false, or send only the embedding"

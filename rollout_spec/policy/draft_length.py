@@ -18,13 +18,17 @@ class DraftLengthPolicy(Protocol):
 
 
 class FixedDraftLength:
-    """The same `K` for every sequence at every step; 0 turns speculation off."""
+    """The same `K` for every sequence, while at most `largest_batch` of them are live (None: always).
 
-    def __init__(self, draft_length: int) -> None:
-        self.draft_length = draft_length
+    K = 0 turns speculation off.
+    """
+
+    def __init__(self, draft_length: int, largest_batch: int | None = None) -> None:
+        self.draft_length, self.largest_batch = draft_length, largest_batch
 
     def draft_lengths(self, lengths: np.ndarray, remaining: np.ndarray) -> np.ndarray:
-        return np.full(len(lengths), self.draft_length, np.int64)
+        on = self.largest_batch is None or len(lengths) <= self.largest_batch
+        return np.full(len(lengths), self.draft_length if on else 0, np.int64)
 
 
 class RandomDraftLength:

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from rollout_spec.contracts import Completion, SamplingParams
 from rollout_spec.engine import RolloutEngine
-from rollout_spec.proofs.runs import noise_key
+from rollout_spec.requests import noise_key
 from rollout_spec.sampling.noise import Stream, exponential, row_keys
 from rollout_spec.sampling.pipeline import token_logprobs
 from rollout_spec.sampling.table import SamplingTable
@@ -50,7 +50,8 @@ def recompute(engine: RolloutEngine, completion: Completion, params: SamplingPar
     raw = pad(logits, (0, padded - logits.shape[1]), value=-math.inf)[None]
     tokens = torch.tensor([output], device=raw.device)
     table = SamplingTable(1, padded, raw.device, backend.spec.vocab_size)
-    table.assign(0, params, prompt, [], (), noise_key(engine, completion, params))
+    key = noise_key(engine.config.seed, completion.request_id, params.seed, completion.index)
+    table.assign(0, params, prompt, [], (), key)
     batch = table.select(torch.zeros(1, dtype=torch.int64, device=raw.device), [0])
     processed = batch.process(raw, block=tokens)
     logprobs = torch.cat(token_logprobs(raw, processed, tokens))

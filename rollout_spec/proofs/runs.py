@@ -10,7 +10,6 @@ from typing import Any
 from rollout_spec.contracts import Completion, SamplingParams, SpecCounts
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.policy.draft_length import DraftLengthPolicy, FixedDraftLength, RandomDraftLength
-from rollout_spec.sampling.noise import fold
 
 CUTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
 OFF = FixedDraftLength(0)
@@ -64,14 +63,6 @@ def ways_to_speculate(draft_length: int, seed: int) -> dict[str, DraftLengthPoli
         "toggled": RandomDraftLength(seed, longest=draft_length, off=0.5),
         "K random": RandomDraftLength(seed, longest=8, off=0.0),
     }
-
-
-def noise_key(engine: RolloutEngine, completion: Completion, params: SamplingParams) -> int:
-    """Noise base of a completion submitted under an id, as the engine promises it: a function of its own seed,
-    the request's seed and id, and the sample's index, and of nothing else."""
-    seed = () if params.seed is None else (params.seed,)
-    request = fold(engine.config.seed, *seed, 1, int.from_bytes(completion.request_id.encode(), "little"))
-    return fold(request, completion.index)
 
 
 def total(completions: Sequence[Completion]) -> SpecCounts:

@@ -6,6 +6,7 @@ verify, append. Nothing here knows about threads, text or trainers; the engine o
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from rollout_spec.torch_backend.slots import ACCEPTED, DRAFTED, PLAIN_STEPS, VER
 from rollout_spec.torch_backend.stop_strings import tokens_up_to_stop
 from rollout_spec.torch_backend.weights import PolicyWeights, UpdateReport
 
+logger = logging.getLogger("rollout_spec")
+
 
 @dataclass
 class StepTimes:
@@ -55,6 +58,7 @@ class TorchBackend:
         policy: Chooses draft lengths; replace it to control speculation.
         guard: Decides whether the drafter may be used, and reports when it may not.
         coupled: Which verifier is in force.
+        spec_counters, generated_tokens: Totals so far; the counters are those of `slots`.
         row_invariant: Whether the probe found a token's logits independent of the batch (exactness level E2).
     """
 
@@ -92,16 +96,20 @@ class TorchBackend:
         )
         self.table = SamplingTable(config.max_num_seqs, spec.padded_vocab_size, device, spec.vocab_size)
         self.scheduler = Scheduler(
-            self.slots, self.pool, config.prefill_chunk, self.cache.copy_block, self.table.release
+            self.slots, self.pool, config.prefill_chunk, self.cache.copy_block, self._on_release
         )
         self.runner = Runner(self.weights.target, self.cache, device)
         self.row_invariant = self.coupled = self._canary_due = False
+        self.spec_counters = np.zeros(4, np.int64)
+        self.generated_tokens = 0
+        self._nan_reported: int | None = None
 
     def start(self, weights: Iterable[tuple[str, Tensor]], version: int) -> UpdateReport:
         """Load the first weights, probe the numerics and settle on a verifier."""
         report = self.weights.update(weights, version)
         self._drafter_follows()
         self.row_invariant = row_invariance(self.runner, self.pool, self.max_model_len)
+        self.cache.clear()
         verifier = self.config.speculation.verifier
         self.coupled = verifier == "coupled" or (verifier == "auto" and self.row_invariant)
         return report
@@ -191,8 +199,9 @@ class TorchBackend:
         try:
             return self.runner.score(model, tokens, blocks)
         finally:
-            if model is not self.weights.target:
-                self.cache.wipe([*blocks, self.cache.scratch_block])
+            self.cache.wipe(
+                [*blocks, self.cache.scratch_block]
+            )  # a NaN left here would be read behind a mask
             self.pool.free(blocks)
 
     def _drafter_follows(self) -> None:
@@ -214,7 +223,7 @@ class TorchBackend:
     def _decode(self, rows: np.ndarray) -> list[Sample]:
         lengths, limits = self.slots.length[rows], self.slots.limit[rows]
         drafter, draft_lengths = self.weights.drafter, np.zeros(len(rows), np.int64)
-        if self.guard.usable(drafter, self.weights.version):
+        if self.guard.check(drafter, self.weights.version):
             wanted = self.policy.draft_lengths(lengths, limits - lengths)
             draft_lengths = np.clip(wanted, 0, limits - lengths - 1)
         kept = self.scheduler.reserve(rows, draft_lengths)
@@ -278,22 +287,49 @@ class TorchBackend:
     ) -> list[Sample]:
         """Bring the verdict to the host, once, and record it."""
         tokens, emitted, accepted = (x.cpu().numpy() for x in verdict)
-        appended = self.slots.append(rows, tokens, emitted, logprobs.cpu().numpy())
+        host_logprobs = logprobs.cpu().numpy()
+        self._contain_nans(rows, host_logprobs)
+        appended = self.slots.append(rows, tokens, emitted, host_logprobs)
         ended, appended = appended < 0, np.abs(appended)
         self.table.record(
             torch.from_numpy(rows).to(self.device), verdict.tokens, torch.from_numpy(appended).to(self.device)
         )
-        speculated = draft_lengths > 0
-        self.slots.spec[rows, VERIFY_STEPS] += speculated
-        self.slots.spec[rows, PLAIN_STEPS] += ~speculated
-        self.slots.spec[rows, DRAFTED] += draft_lengths
-        self.slots.spec[rows, ACCEPTED] += accepted
+        counted = np.zeros((len(rows), 4), np.int64)
+        counted[:, VERIFY_STEPS], counted[:, PLAIN_STEPS] = draft_lengths > 0, draft_lengths == 0
+        counted[:, DRAFTED], counted[:, ACCEPTED] = draft_lengths, accepted
+        self.slots.spec[rows] += counted
+        self.spec_counters += counted.sum(0)
+        self.generated_tokens += int(appended.sum())
         if proposal is not None:
-            self.guard.observe(proposal, int(draft_lengths.sum()), int(accepted.sum()), self.weights.version)
+            tried = int(accepted.sum()) + int((accepted < draft_lengths).sum())
+            self.guard.observe(proposal, tried, int(accepted.sum()), self.weights.version)
         self._record_versions(rows, appended)
         self._record_top_logprobs(rows, appended, raw)
         self._check_stop_strings(rows, appended, ended)
         return self._finish(rows, ended)
+
+    def _contain_nans(self, rows: np.ndarray, logprobs: np.ndarray) -> None:
+        """Where the policy itself gives NaN: say so once per version, and let no other sequence read it.
+
+        Masked cache entries are read, too, with weight zero. The scratch block is zeroed now, the sequence's own
+        blocks when it gives them up.
+        """
+        broken = ~np.isfinite(logprobs[0]).all(1)
+        if not broken.any():
+            return
+        if self._nan_reported != self.weights.version:
+            self._nan_reported = self.weights.version
+            logger.error(
+                "the policy's logits are not finite (policy version %d): check the trainer",
+                self.weights.version,
+            )
+        self.slots.broken[rows[broken]] = True
+        self.cache.wipe([self.cache.scratch_block])
+
+    def _on_release(self, slot: int, freed: list[int]) -> None:
+        self.table.release(slot)
+        if self.slots.broken[slot]:
+            self.cache.wipe(freed)
 
     def _record_versions(self, rows: np.ndarray, appended: np.ndarray) -> None:
         version = self.weights.version
@@ -304,7 +340,7 @@ class TorchBackend:
             self.slots.version[slot] = version
 
     def _record_top_logprobs(self, rows: np.ndarray, appended: np.ndarray, raw: Tensor) -> None:
-        wanting = [row for row, slot in enumerate(rows.tolist()) if self._sample(slot).params.logprobs]
+        wanting = np.nonzero(self.slots.top_logprobs[rows])[0].tolist()
         if not wanting:
             return
         most = max(self._sample(rows[row]).params.logprobs or 0 for row in wanting)
@@ -316,10 +352,9 @@ class TorchBackend:
                 sample.top_logprobs.append(dict(pairs))
 
     def _check_stop_strings(self, rows: np.ndarray, appended: np.ndarray, ended: np.ndarray) -> None:
-        for row, slot in enumerate(rows.tolist()):
+        for row in np.nonzero(self.slots.stop_strings[rows])[0].tolist():
+            slot = int(rows[row])
             sample = self._sample(slot)
-            if not sample.params.stop:
-                continue
             assert self._decode_text is not None
             output = self.slots.tokens[slot, self.slots.prompt_length[slot] : self.slots.length[slot]]
             new = min(int(appended[row]), len(output) - sample.params.min_tokens)
@@ -327,6 +362,7 @@ class TorchBackend:
             if match is not None:
                 count, sample.stop_reason = match
                 del sample.top_logprobs[count:]
+                self.generated_tokens -= len(output) - count
                 self.slots.truncate(slot, int(self.slots.prompt_length[slot]) + count)
                 ended[row] = True
 

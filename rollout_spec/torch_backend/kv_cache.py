@@ -41,11 +41,13 @@ class BlockPool:
         assert (self._owners[blocks] > 0).all(), "sharing a free block"
         self._owners[blocks] += 1
 
-    def free(self, blocks: list[int]) -> None:
-        """Remove one owner from each block; blocks without owners return to the pool."""
+    def free(self, blocks: list[int]) -> list[int]:
+        """Remove one owner from each block; blocks without owners return to the pool, and are returned."""
         assert (self._owners[blocks] > 0).all(), "freeing a free block"
         self._owners[blocks] -= 1
-        self._free.extend(block for block in blocks if self._owners[block] == 0)
+        freed = [block for block in blocks if self._owners[block] == 0]
+        self._free.extend(freed)
+        return freed
 
 
 class KVCache:
@@ -95,7 +97,7 @@ class KVCache:
             cache[:, :, destination] = cache[:, :, source]
 
     def wipe(self, blocks: list[int]) -> None:
-        """Zero blocks that a failed drafter may have left NaNs in: even a masked NaN would be read."""
+        """Zero blocks that may hold NaNs: even behind a mask a NaN is read (0 * NaN)."""
         for cache in (self.keys, self.values):
             cache[:, :, blocks] = 0.0
 

@@ -33,7 +33,7 @@ class Scheduler:
         pool: The blocks.
         chunk: Most prompt tokens prefilled between two decode passes.
         copy_block: `(source, destination)`: copy one block's entries.
-        on_release: Called with a slot when its sample leaves it, for whatever reason.
+        on_release: `(slot, freed)`: a sample has left its slot, for whatever reason, and these blocks are free.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Scheduler:
         pool: BlockPool,
         chunk: int,
         copy_block: Callable[[int, int], None],
-        on_release: Callable[[int], None],
+        on_release: Callable[[int, list[int]], None],
     ) -> None:
         self.slots, self.pool, self.chunk = slots, pool, chunk
         self.waiting: deque[Sample] = deque()
@@ -151,8 +151,7 @@ class Scheduler:
         """Take a finished, aborted or preempted sample out of its slot."""
         sample, blocks = self.slots.vacate(slot)
         self.running.remove(slot)
-        self._on_release(slot)
-        self.pool.free(blocks)
+        self._on_release(slot, self.pool.free(blocks))
         if sample.prompt.leader is sample:
             sample.prompt.leader = None
         return sample

@@ -86,6 +86,9 @@ class Slots:
         self.computed = np.zeros(capacity, np.int64)
         self.limit = np.zeros(capacity, np.int64)
         self.version = np.full(capacity, -1, np.int64)  # of the last output token; -1 before the first
+        self.stop_strings = np.zeros(capacity, bool)  # whether its text has to be looked at
+        self.top_logprobs = np.zeros(capacity, bool)  # whether it asked for top logprobs
+        self.broken = np.zeros(capacity, bool)  # whether its logits were not finite
         self.tables = np.full((capacity, -(-max_model_len // block_size)), scratch_block, np.int64)
         self.num_blocks = np.zeros(capacity, np.int64)
         self.spec = np.zeros((capacity, 4), np.int64)
@@ -108,6 +111,11 @@ class Slots:
         self.computed[slot], self.limit[slot] = computed, sample.limit
         self.version[slot] = sample.version_starts[-1][1] if sample.version_starts else -1
         self.spec[slot] = sample.spec
+        self.stop_strings[slot], self.top_logprobs[slot] = (
+            bool(sample.params.stop),
+            bool(sample.params.logprobs),
+        )
+        self.broken[slot] = False
         self.num_blocks[slot] = 0
         self.add_blocks(slot, blocks)
         ends = sample.end_tokens

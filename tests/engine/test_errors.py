@@ -160,7 +160,7 @@ def test_ids_in_flight(usable):
         stream = engine.stream(GOOD, SamplingParams(n=2, max_tokens=40, ignore_eos=True), request_id="busy")
         await anext(stream)
         with engine._changed:
-            engine._submit(*engine._requests([GOOD], PARAMS, None, None, ["busy too"]))
+            engine._submit(*engine._reader.read([GOOD], PARAMS, None, None, ["busy too"]))
             with refused(InvalidRequest, "request_ids='busy too'", "in flight already; use another id"):
                 engine.generate([GOOD, GOOD], PARAMS, request_ids=["new", "busy too"])
             assert "new" not in engine._live
@@ -196,10 +196,10 @@ def test_the_engines_own_ids_never_meet_a_callers(usable):
     taken = f"{place}-{int(count) + 1}"
     with engine._changed:
         ((mine,),) = engine._submit(
-            *engine._requests([GOOD], SamplingParams(max_tokens=4), None, None, [taken])
+            *engine._reader.read([GOOD], SamplingParams(max_tokens=4), None, None, [taken])
         )
         ((other,),) = engine._submit(
-            *engine._requests([GOOD], SamplingParams(max_tokens=4), None, None, None)
+            *engine._reader.read([GOOD], SamplingParams(max_tokens=4), None, None, None)
         )
         assert mine.request_id == taken != other.request_id
     while mine.finish_reason is None or other.finish_reason is None:

@@ -116,7 +116,7 @@ class Watch:
 
 def submit(engine, prompts, params, ids):
     with engine._changed:
-        groups = engine._submit(*engine._requests(prompts, params, None, None, ids))
+        groups = engine._submit(*engine._reader.read(prompts, params, None, None, ids))
     return [sample for group in groups for sample in group]
 
 

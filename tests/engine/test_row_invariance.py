@@ -83,7 +83,9 @@ def check_linear(shape, dtype, counts):
 def test_linears_of_the_expanded_policies(size, dtype, threads):
     for shape in EXPANDED[size]:
         head = shape[0] == 32000
-        assert not check_linear(shape, dtype, (1, 4, 9, 33) if head else [*range(1, 34), *range(34, 600, 47)]), shape
+        assert not check_linear(
+            shape, dtype, (1, 4, 9, 33) if head else [*range(1, 34), *range(34, 600, 47)]
+        ), shape
 
 
 @pytest.mark.slow

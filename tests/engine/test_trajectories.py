@@ -47,7 +47,9 @@ def rollouts(engine, policy, temperature, seeds):
 
     engine.backend.policy = policy
     texts = prompts(REQUESTS, seed=5, split="test")
-    params = [SamplingParams(temperature=temperature, max_tokens=256, seed=seed) for seed in seeds for _ in texts]
+    params = [
+        SamplingParams(temperature=temperature, max_tokens=256, seed=seed) for seed in seeds for _ in texts
+    ]
     ids = [f"{seed}/{row}" for seed in seeds for row in range(REQUESTS)]
     return [c.token_ids for c in engine.generate(texts * len(seeds), params, request_ids=ids)]
 

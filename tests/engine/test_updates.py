@@ -7,6 +7,7 @@ import torch
 
 from rollout_spec import SamplingParams
 from rollout_spec.contracts import VersionSpan, WeightError
+from rollout_spec.torch_backend.completions import to_completion
 
 from .conftest import VOCAB, make_model
 
@@ -78,7 +79,7 @@ def test_requests_in_flight_go_on_under_the_new_policy(make_engine, prompts):
     old, new = make_model(0), make_model(1)
     engine = make_engine(old)
     with engine._changed:
-        groups = engine._submit(*engine._requests(prompts, PARAMS, None, None, IDS))
+        groups = engine._submit(*engine._reader.read(prompts, PARAMS, None, None, IDS))
         for _ in range(12):
             engine.backend.step()
     engine.update_weights(new.named_parameters(), version=7)
@@ -86,7 +87,7 @@ def test_requests_in_flight_go_on_under_the_new_policy(make_engine, prompts):
     while any(sample.finish_reason is None for sample in samples):
         engine._advance()
     mixed = 0
-    for completion in map(engine._completion, samples):
+    for completion in (to_completion(s, engine.tokenizer) for s in samples):
         spans = completion.version_spans
         assert spans[0].start == 0 and spans[-1].stop == 48
         assert [span.version for span in spans] in ([0, 7], [7], [0])
@@ -180,7 +181,7 @@ def test_a_broken_drafter_is_reported_once_and_changes_nothing(
     engine = make_engine(model, speculation=speculation)
     generate(engine, prompts)
     fault(engine, monkeypatch)
-    optimize(model, steps=20)
+    optimize(model, steps=60)
     plain = make_engine(model, speculation={"drafter": "none", "verifier": verifier}, version=1)
     with caplog.at_level(logging.ERROR, logger="rollout_spec"):
         engine.update_weights(model.named_parameters())

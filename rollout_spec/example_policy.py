@@ -19,7 +19,7 @@ SIZES = ("100m", "300m")
 
 def example_folder() -> Path:
     """`examples/arithmetic` of the checkout this package runs from, or of the current folder."""
-    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
         folder = root / "examples" / "arithmetic"
         if (folder / "problems.py").is_file():
             return folder
@@ -49,8 +49,8 @@ def expanded_policy(size: str, vocab: int = 32000) -> Path:
     weights = policy / "model.safetensors"
     if not weights.is_file():
         raise RolloutSpecError(
-            f"{weights}: no policy here; restore it from the repository or train one with "
-            "`python examples/arithmetic/train.py`"
+            f"{weights}: no policy here; restore it from the repository, train one with "
+            "`python examples/arithmetic/train.py`, or name a model of your own"
         )
     digest = hashlib.sha256(weights.read_bytes() + script.read_bytes()).hexdigest()[:12]
     cache = Path(os.environ.get("ROLLOUT_SPEC_CACHE") or Path.home() / ".cache" / "rollout-spec")

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rollout_spec.commands.example_policy import example_folder, expanded_policy, load_problems
+from rollout_spec.benchmarks.paired import Paired, paired
 from rollout_spec.contracts import Completion, SamplingParams
 from rollout_spec.drafters.quantize import get_quantizer
 from rollout_spec.drafters.quantized import QuantizedSelfDrafter
 from rollout_spec.drafters.quantizers.perturbed import PerturbedQuantizer
 from rollout_spec.engine import RolloutEngine
+from rollout_spec.example_policy import example_folder, expanded_policy, load_problems
 from rollout_spec.models.weights import Piece, is_linear, slots_of
-from rollout_spec.observe.paired import Paired, paired
 from rollout_spec.policy.draft_length import FixedDraftLength
 
 _DRAFT_LENGTH = {1: 6, 4: 4}  # by live batch; fixed beforehand, not the best of several
