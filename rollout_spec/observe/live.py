@@ -9,7 +9,6 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -112,15 +111,25 @@ class LiveRollouts:
         return self._live
 
     def run(self, name: str, engine: RolloutEngine, total: int, call: Callable[[], _Result]) -> _Result:
-        """Run `call`, which makes the idle engine sample `total` completions, in a thread, and show it."""
+        """Run `call`, which makes the idle engine sample `total` completions, while a thread shows it.
+
+        The engine stays on the caller's thread: OpenMP gives each thread that computes a team of its own, and two
+        teams on the same cores slow each other down.
+        """
         meter = Meter(engine, total)
         done = threading.Event()
-        with ThreadPoolExecutor(1) as background:
-            running = background.submit(call)
-            running.add_done_callback(lambda _: done.set())
+
+        def watch() -> None:
             while not done.wait(1 / POLLS_PER_SECOND if meter.started else FIRST_LOOK):
                 self._show(name, meter.read())
-            result = running.result()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            result = call()
+        finally:
+            done.set()
+            watcher.join()
         self._show(name, meter.read())
         return result
 

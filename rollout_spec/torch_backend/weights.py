@@ -23,6 +23,9 @@ from rollout_spec.models.spec import ModelSpec
 from rollout_spec.models.weights import WeightAssembler, realize, weights_from_slots
 
 
+_TYPICAL_BATCH = 4  # live sequences in the tail of a rollout, for which `auto` picks the kind of drafter
+
+
 @dataclass(frozen=True)
 class UpdateReport:
     """What a weight update cost.
@@ -164,8 +167,8 @@ def _make_drafter(
 ) -> Drafter | None:
     kind = speculation.drafter
     if kind == "auto":
-        width = speculation.draft_length + 1
-        timings = time_quantizers(linear_shapes(spec), device, dtype, rows=(1, max(width, 4)))
+        rows = (_TYPICAL_BATCH, _TYPICAL_BATCH * (speculation.draft_length + 1))
+        timings = time_quantizers(linear_shapes(spec), device, dtype, rows)
         kind = choose(timings, speculation.draft_length).name
     if kind == "none":
         return None
