@@ -22,7 +22,6 @@ from rollout_spec.models.rope import RotaryTable
 from rollout_spec.models.spec import ModelSpec
 from rollout_spec.models.weights import WeightAssembler, realize, weights_from_slots
 
-
 _TYPICAL_BATCH = 4  # live sequences in the tail of a rollout, for which `auto` picks the kind of drafter
 
 
