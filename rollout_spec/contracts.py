@@ -73,14 +73,15 @@ class SamplingParams:
         frequency_penalty: In [-2, 2]; per occurrence in the output.
         logit_bias: Token id to additive bias, each in [-100, 100].
         min_tokens: No end token before this many output tokens.
-        max_tokens: Output limit; None means up to the context's end.
+        max_tokens: Output limit; None means up to the end of the context, or of the KV cache if that is smaller.
         stop: Strings that end the completion; text is cut before the match, tokens end with the one that
             completed it.
         stop_token_ids: Tokens that end the completion, besides the model's own end tokens.
         ignore_eos: Do not stop at the model's own end tokens.
-        seed: Together with the engine's seed, the prompt and how often it has been submitted under the
-            current policy version, fixes the noise. One constant seed for everything still gives distinct
-            samples. To replay a sample exactly, pass its `request_id`.
+        seed: Together with the engine's seed and the request's id, fixes the noise. Ids the engine gives name the
+            policy version, the prompt, and how often it came: one constant seed for everything still gives
+            distinct samples, reproducibly. To replay a sample, pass its `request_id`; for different prompts
+            pass different ids.
         logprobs: Also return this many most probable tokens per position, under the full policy at T=1.
             The sampled token's own logprobs are always returned.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ class EngineStats:
         canary_acceptance: Acceptance on recent contexts after the last update; None if not measured.
         live, waiting: Sequences being decoded, and waiting.
         kv_tokens, kv_tokens_free: Capacity of the KV cache and what of it is free, in tokens.
-        preemptions: Sequences sent back to the queue for lack of memory or by a weight update.
+        preemptions: Sequences sent back to the queue for lack of memory, by a weight update or by `sleep`.
         finished: Samples that ended, aborted ones included.
         generated_tokens: Output tokens of all samples so far, those in flight included.
         spec: Speculation counts over the same tokens.
@@ -92,6 +93,7 @@ class RolloutEngine:
         backend: What decodes; use `from_pretrained` or `from_model` to get one.
         config: The configuration it was built from.
         tokenizer: Needed for text prompts, text in completions, and stop strings.
+        update: What loading the first weights cost.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class RolloutEngine:
         )
         self._changed = threading.Condition(threading.RLock())
         self._update_lock = threading.Lock()
+        self._stepper = ThreadPoolExecutor(1, thread_name_prefix="rollout-spec")  # one, for all streams
         self._asleep = False
         self._no_weights = False
         self._live: dict[str, list[Sample]] = {}
@@ -200,8 +203,9 @@ class RolloutEngine:
             sampling_params: One for all prompts or one each; default `SamplingParams()`.
             n: Samples per prompt, overriding `sampling_params.n`.
             seeds: One seed per prompt, overriding `sampling_params.seed`.
-            request_ids: One id per prompt. The same id, seed and policy version give the same samples again,
-                also when a prompt is resumed with part of its answer appended.
+            request_ids: One id per prompt. The same id, seed, prompt and policy version give the same samples again
+                (bitwise at exactness level E2). Under the coupled verifier that holds also for a prompt resumed
+                with part of its answer appended, see `abort`.
 
         Returns:
             `n` completions per prompt, in order of prompts; the samples of a prompt are adjacent. A completion
@@ -238,7 +242,7 @@ class RolloutEngine:
         pending = list(groups[0])
         try:
             while pending:
-                await asyncio.to_thread(self._advance)
+                await asyncio.get_running_loop().run_in_executor(self._stepper, self._advance)
                 for sample in [sample for sample in pending if sample.finish_reason is not None]:
                     pending.remove(sample)
                     yield to_completion(sample, self.tokenizer)
@@ -255,8 +259,10 @@ class RolloutEngine:
     def abort(self, request_ids: Iterable[str] | None = None) -> None:
         """End requests now (all, if none are named); whoever waits for them gets partial completions.
 
-        To go on later, submit prompt + partial output as a longer prompt under the same `request_id`: under
-        the same policy version the answer is the one that would have been given without the interruption.
+        To go on later, submit prompt + partial output as a longer prompt under the same `request_id`. At exactness
+        level E2 and under the same policy version the answer is the one that would have been given without
+        the interruption, for sample 0 and parameters that do not look back at the output: penalties,
+        `min_tokens` and stop strings count from where the longer prompt ends.
         """
         with self._changed:
             ids = list(self._live) if request_ids is None else read_request_ids(request_ids)

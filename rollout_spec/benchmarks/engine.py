@@ -24,7 +24,7 @@ from rollout_spec.policy.draft_length import FixedDraftLength
 _DRAFT_LENGTH = {1: 6, 4: 4}  # by live batch; fixed beforehand, not the best of several
 _SPEEDUP = {1: 1.5, 4: 1.05}
 _TOKENS = 96
-_RAGGED_BATCH, _RAGGED_LIMIT = 16, 160
+_RAGGED_BATCH, _LONGEST = 16, 512
 _VOCABULARIES = (32000, 152064)
 _DEGRADED = (0.96, 0.90)
 
@@ -152,12 +152,12 @@ class EngineBenchmark:
         return engine
 
     def _ragged_lengths(self) -> list[int]:
-        """Response lengths of the small policy's own answers, cut at a limit that keeps the run short."""
+        """The quantiles (i + 1/2) / 16 of the policy's own response lengths."""
         policy = example_folder() / "policy" if self.model is None else self.path
         engine = self._engine(policy, drafter="none")
-        params = SamplingParams(max_tokens=_RAGGED_LIMIT)
-        completions = engine.generate(self.prompts[:_RAGGED_BATCH], params)
-        return [len(completion.token_ids) for completion in completions]
+        completions = engine.generate(self.prompts, SamplingParams(max_tokens=_LONGEST))
+        lengths = sorted(len(completion.token_ids) for completion in completions)
+        return [lengths[int((row + 0.5) / _RAGGED_BATCH * len(lengths))] for row in range(_RAGGED_BATCH)]
 
     def _long_answers(self, engine: RolloutEngine, count: int) -> list[Completion]:
         """`count` requests whose answers reach `_TOKENS` tokens, so that all are live all the time."""

@@ -174,7 +174,7 @@ def model_row(path: Path) -> Row:
     try:
         spec = ModelSpec.from_hf_config(config)
     except UnsupportedModel as error:
-        remedy = "give another checkpoint, or use the vLLM backend"
+        remedy = "give another checkpoint"
         return Row("checkpoint", Status.REFUSED, str(error), remedy, needed=True)
     return Row("checkpoint", Status.OK, f"{spec.architecture}, {spec.shape_key}", needed=True)
 

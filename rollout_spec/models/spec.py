@@ -196,14 +196,14 @@ def _architecture(values: Mapping[str, Any]) -> str:
         by_type = {family: name for name, family in _FAMILIES.items()}
         if model_type not in by_type:
             raise _unsupported(
-                "model_type", model_type, f"the torch backend runs {_SUPPORTED}; use the vLLM backend"
+                "model_type", model_type, f"the torch backend runs {_SUPPORTED}; use an engine that supports it"
             )
         return by_type[model_type]
     if len(named) != 1 or named[0] not in _FAMILIES:
         raise _unsupported(
             "architectures", named,
             f"the torch backend runs {_SUPPORTED} (no mixture of experts, no state space layers, no vision); "
-            "use the vLLM backend for others",
+            "serve others with an engine that supports them",
         )  # fmt: skip
     return named[0]
 
@@ -218,17 +218,17 @@ def _refuse_other_computations(values: Mapping[str, Any], family: str) -> None:
             )  # fmt: skip
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise _unsupported(
-            "hidden_act", values["hidden_act"], "only 'silu' is implemented; use the vLLM backend"
+            "hidden_act", values["hidden_act"], "only 'silu' is implemented; use an engine that supports it"
         )
     for field, neutral in _NEUTRAL.items():
         if field in values and values[field] not in neutral:
             raise _unsupported(
-                field, values[field], "the decoder does not compute this; use the vLLM backend"
+                field, values[field], "the decoder does not compute this; use an engine that supports it"
             )
     others = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
     if others:
         raise _unsupported(
-            "layer_types", others, "every layer must be 'full_attention'; use the vLLM backend"
+            "layer_types", others, "every layer must be 'full_attention'; use an engine that supports it"
         )
     windowed = (
         family != "llama"
@@ -241,7 +241,7 @@ def _refuse_other_computations(values: Mapping[str, Any], family: str) -> None:
         raise _unsupported(
             "use_sliding_window", True,
             "sliding-window attention is not implemented; set it to false if sequences stay below "
-            f"sliding_window={values['sliding_window']}, or use the vLLM backend",
+            f"sliding_window={values['sliding_window']}, or use an engine that supports it",
         )  # fmt: skip
 
 
@@ -307,11 +307,11 @@ def _rope(values: Mapping[str, Any], max_positions: int) -> RopeSpec:
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in _ROPE_TYPES:
         raise _unsupported(
-            "rope_type", kind, f"must be one of {', '.join(_ROPE_TYPES)}; use the vLLM backend"
+            "rope_type", kind, f"must be one of {', '.join(_ROPE_TYPES)}; use an engine that supports it"
         )
     unknown = sorted(set(given) - _ROPE_KEYS)
     if unknown:
-        raise _unsupported("rope_parameters", unknown, "unknown rotary parameters; use the vLLM backend")
+        raise _unsupported("rope_parameters", unknown, "unknown rotary parameters; use an engine that supports it")
     theta = given.get("rope_theta", values.get("rope_theta"))
     theta = _number("rope_theta", 10_000.0 if theta is None else theta, 1.0)
     partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from rollout_spec.contracts import Completion, SamplingParams, VersionSpan
+from rollout_spec.contracts import Completion, VersionSpan
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.policy.draft_length import FixedDraftLength
 from rollout_spec.proofs.runs import Requests, mode
@@ -75,15 +74,6 @@ class _Pause:
             yield from weights
         finally:
             self.arrived.set()
-
-
-async def _streamed(
-    engine: RolloutEngine, prompts: Sequence[list[int]], params: Sequence[SamplingParams], ids: Sequence[str]
-) -> list[Completion]:
-    calls = (
-        engine.generate_async(prompt, p, request_id=name) for prompt, p, name in zip(prompts, params, ids)
-    )
-    return [group[0] for group in await asyncio.gather(*calls)]
 
 
 def update_in_flight(
