@@ -83,7 +83,7 @@ def main(policy: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     # The drafter is a 4-bit copy of the policy, made here and again at every weight update.
-    engine = RolloutEngine.from_pretrained(policy, dtype="float32", seed=0, speculation={"drafter": "auto"})
+    engine = RolloutEngine.from_pretrained(policy, dtype="float32", seed=0, speculation={"drafter": "int8"})
 
     print("1. a group of rollouts")
     problems = sample(3, seed=1)

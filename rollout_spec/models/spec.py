@@ -196,7 +196,9 @@ def _architecture(values: Mapping[str, Any]) -> str:
         by_type = {family: name for name, family in _FAMILIES.items()}
         if model_type not in by_type:
             raise _unsupported(
-                "model_type", model_type, f"the torch backend runs {_SUPPORTED}; use an engine that supports it"
+                "model_type",
+                model_type,
+                f"the torch backend runs {_SUPPORTED}; use an engine that supports it",
             )
         return by_type[model_type]
     if len(named) != 1 or named[0] not in _FAMILIES:
@@ -311,7 +313,9 @@ def _rope(values: Mapping[str, Any], max_positions: int) -> RopeSpec:
         )
     unknown = sorted(set(given) - _ROPE_KEYS)
     if unknown:
-        raise _unsupported("rope_parameters", unknown, "unknown rotary parameters; use an engine that supports it")
+        raise _unsupported(
+            "rope_parameters", unknown, "unknown rotary parameters; use an engine that supports it"
+        )
     theta = given.get("rope_theta", values.get("rope_theta"))
     theta = _number("rope_theta", 10_000.0 if theta is None else theta, 1.0)
     partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))
