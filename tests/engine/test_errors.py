@@ -411,7 +411,7 @@ def test_unsupported_models(model):
     for changes, words in (
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, ("GPT2LMHeadModel|gpt2",)),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu")),
-        ({"layer_types": ["sliding_attention"] * 2}, ("layer_types", "vLLM")),
+        ({"layer_types": ["sliding_attention"] * 2}, ("layer_types", "engine that supports it")),
         ({"num_hidden_layers": 0}, ("num_hidden_layers", "0")),
     ):
         with refused(UnsupportedModel, *words):
