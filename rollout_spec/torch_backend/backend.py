@@ -199,9 +199,8 @@ class TorchBackend:
         try:
             return self.runner.score(model, tokens, blocks)
         finally:
-            self.cache.wipe(
-                [*blocks, self.cache.scratch_block]
-            )  # a NaN left here would be read behind a mask
+            # A NaN left here would be read behind a mask.
+            self.cache.wipe([*blocks, self.cache.scratch_block])
             self.pool.free(blocks)
 
     def _drafter_follows(self) -> None:

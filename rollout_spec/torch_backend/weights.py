@@ -121,11 +121,15 @@ class PolicyWeights:
         assert self._staged is not None, "nothing staged"
         self.target.weights, self._staged = self._staged, None
         self.version = report.version
-        if self.drafter is not None and self.drafter_error is None:
-            try:
-                self.drafter.commit(self.target, report.version)
-            except Exception as error:
-                self.drafter_error = error
+        if self.drafter is None:
+            return
+        if self.drafter_error is not None:
+            self.drafter.rollback()
+            return
+        try:
+            self.drafter.commit(self.target, report.version)
+        except Exception as error:
+            self.drafter_error = error
 
     def discard(self) -> None:
         """Free the weights (sleep level 2); the next update brings new ones."""

@@ -62,11 +62,10 @@ def test_the_probe_sees_a_kernel_that_is_not_invariant(engine, monkeypatch):
     assert row_invariance(backend.runner, backend.pool, backend.max_model_len)
 
     def depends_on_the_batch(self, x):
-        return torch.nn.functional.linear(x, self.dense(), self.bias) * (1 + 1e-6 * (len(x) > 8))
+        return torch.nn.functional.linear(x, self.dense(), self.bias) * (1 + 0.02 * (len(x) > 8))
 
     monkeypatch.setattr(linear.PackedLinear, "__call__", depends_on_the_batch)
-    seen = row_invariance(backend.runner, backend.pool, backend.max_model_len)
-    assert seen == (engine.backend.dtype == torch.bfloat16) or not seen
+    assert not row_invariance(backend.runner, backend.pool, backend.max_model_len)
 
 
 def check_linear(shape, dtype, counts):
