@@ -155,7 +155,7 @@ class Proof:
     def _replayed(self, found: Parity) -> bool:
         value = f"{found.replayed:,} tokens, {len(found.margins)} differ{_margins(found.margins)}"
         return self.verdict.check(
-            "noise, recomputed", value, self._same("argmax(log p + g)"), self._ties(found.margins)
+            "noise, recomputed", value, self._same("the winner of the race"), self._ties(found.margins)
         )
 
     def _greedy(self, policy: FixedDraftLength) -> bool:

@@ -17,9 +17,10 @@ from torch.nn.functional import pad
 from rollout_spec.contracts import Completion, SamplingParams
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.requests import noise_key
-from rollout_spec.sampling.noise import Stream, exponential, row_keys
+from rollout_spec.sampling.noise import row_keys
 from rollout_spec.sampling.pipeline import token_logprobs
 from rollout_spec.sampling.table import SamplingTable
+from rollout_spec.sampling.verify import coupled_scores
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Recomputed:
 
     Attributes:
         logprobs: float32 [3, T]: full-policy, processed, and mask mass of its tokens, as the engine reports them.
-        scores: float32 [T, V]: log p + g of every token at every position; log p alone where it was greedy.
+        scores: float32 [T, V]: `coupled_scores` of every token at every position; log p where it was greedy.
     """
 
     logprobs: Tensor
@@ -59,8 +60,7 @@ def recompute(engine: RolloutEngine, completion: Completion, params: SamplingPar
         return Recomputed(logprobs, raw[0].log_softmax(-1))
     positions = torch.arange(len(prompt), len(prompt) + len(output), device=raw.device)[None]
     keys = row_keys(batch.key, backend.weights.version, positions)
-    race = processed.logits.softmax(-1).div_(exponential(keys, padded, Stream.TARGET))
-    return Recomputed(logprobs, race[0].log_())
+    return Recomputed(logprobs, coupled_scores(processed.logits[0], keys[0]))
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Parity:
         worst, mean: Of |logprob - recomputed logprob|.
         processed: Worst |processed logprob + log(mask mass) - logprob before the cuts|, with the wrong share of
             mass as an error of its own: the two reported figures must agree with the plain pass together.
-        replayed: Tokens compared with the recomputed Gumbel-max choice.
+        replayed: Tokens compared with the recomputed coupled choice.
         margins: By how much that choice beats the emitted token, wherever it is another one.
     """
 

@@ -161,11 +161,6 @@ def _from_bits(whole: Tensor, fraction: Tensor, out: Tensor) -> Tensor:
     return out.log1p_().neg_()
 
 
-def gumbel(keys: Tensor, vocab_size: int, stream: Stream, out: Tensor | None = None) -> Tensor:
-    """Standard Gumbel noise g = -log E with E from `exponential`; same arguments and shape."""
-    return exponential(keys, vocab_size, stream, out).log_().neg_()
-
-
 def uniform(keys: Tensor, stream: Stream) -> Tensor:
     """Uniform numbers in (0, 1) with 52 bits: float64, the shape of `keys`."""
     word = _words(keys, stream, 1).squeeze(-1)

@@ -5,13 +5,14 @@ Tests compare `pipeline` and `verify` with this file. It shares only the noise w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from rollout_spec.contracts import SamplingParams
-from rollout_spec.sampling.noise import Stream, gumbel, uniform
+from rollout_spec.sampling.noise import Stream, exponential, uniform
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -83,8 +84,12 @@ def verify_coupled(
     """
     emitted: list[int] = []
     for row in range(len(drafts) + 1):
-        noise = gumbel(keys[row : row + 1], target_logits.shape[1], Stream.TARGET)[0].double().numpy()
-        emitted.append(int(np.argmax(target_logits[row] + noise)))
+        p = softmax(target_logits[row])
+        groups = len(p) // 16
+        width = math.ceil((groups + 16) / 64) * 64
+        noise = exponential(keys[row : row + 1], width, Stream.TARGET)[0].double().numpy()
+        winner = int(np.argmax([p[group::groups].sum() / noise[group] for group in range(groups)]))
+        emitted.append(winner + groups * int(np.argmax(p[winner::groups] / noise[-16:])))
         if row < len(drafts) and drafts[row] != emitted[-1]:
             break
     return emitted, len(emitted) - 1

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rollout_spec.sampling import reference
 from rollout_spec.sampling.noise import Stream, fold, row_keys
 from rollout_spec.sampling.verify import (
+    coupled_scores,
     draft_coupled,
     draft_rejection,
     verify_coupled,
@@ -95,6 +96,20 @@ def test_coupled_tokens_are_those_of_plain_decoding():
     )
     drafts = draft_coupled(drafter_near(target, 1), keys[:, :4])
     assert torch.equal(verify_coupled(target, drafts, None, keys).tokens, plain)
+
+
+@pytest.mark.parametrize("vocab_size", [64, 320, 152_064])
+def test_coupled_scores_rank_the_emitted_token_first(vocab_size):
+    torch.manual_seed(0)
+    rows = 8 if vocab_size > 1000 else 2000
+    target, keys = torch.randn(rows, 1, vocab_size) * 3, make_keys(rows, 1)
+    target[:, :, 5::7] = -math.inf
+    tokens = verify_coupled(target, None, None, keys).tokens
+    scores = coupled_scores(target[:, 0], keys[:, 0])
+    assert torch.equal(scores.argmax(-1, keepdim=True), tokens)
+    assert (scores.topk(2).values.diff() < 0).all()
+    assert not scores.isnan().any()
+    assert not scores[:, 5::7].isfinite().any()
 
 
 def test_a_perfect_drafter_is_always_accepted():
