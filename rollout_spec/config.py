@@ -12,6 +12,7 @@ from rollout_spec.contracts import InvalidRequest, invalid
 
 VERIFIERS = ("auto", "coupled", "rejection")
 DRAFTERS = ("auto", "nf4", "int4", "int8", "dense", "none")
+OBJECTIVES = ("makespan", "throughput")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -32,7 +33,17 @@ class SpeculationConfig:
     Attributes:
         drafter: Kind of the quantized copy of the policy that drafts: `nf4`, `int4`, `int8`, `dense` (not
             quantized: a control), `auto` (times the kinds on this machine) or `none` (plain decoding).
-        draft_length: Draft tokens `K` per verification.
+        draft_length: Draft tokens `K` per verification; None: decided before every pass, from measured costs.
+        longest_draft: Largest `K` considered when `draft_length` is None.
+        objective: What is decided for: `makespan` (the batch is done soonest: stragglers get longer drafts) or
+            `throughput` (most tokens per second).
+        margin: Predicted gain that a switch must promise, such as 0.02.
+        history: Also draft from text seen before: the request's own, its siblings', and earlier answers to the
+            same prompt. With a fixed `draft_length` nothing decides when to, and it is not used.
+        history_tokens: Most tokens of text kept for it.
+        probe_share: Share of the passes that would speculate and decode plainly instead, at random: from them
+            the time really saved is told.
+        explore_share: Largest share of the time that trying drafters predicted to be slower may cost.
         verifier: `coupled` (the trajectory does not depend on speculation), `rejection` (highest acceptance),
             or `auto`: coupled if the row-invariance probe passes, rejection otherwise.
         quantize_lm_head: Also quantize the drafter's lm_head.
@@ -42,7 +53,14 @@ class SpeculationConfig:
     """
 
     drafter: str = "auto"
-    draft_length: int = 4
+    draft_length: int | None = None
+    longest_draft: int = 16
+    objective: str = "makespan"
+    margin: float = 0.02
+    history: bool = True
+    history_tokens: int = 4_000_000
+    probe_share: float = 0.005
+    explore_share: float = 0.01
     verifier: str = "auto"
     quantize_lm_head: bool = True
     canary: bool = True
@@ -51,15 +69,21 @@ class SpeculationConfig:
     def __post_init__(self) -> None:
         _one_of("speculation.drafter", self.drafter, DRAFTERS)
         _one_of("speculation.verifier", self.verifier, VERIFIERS)
-        _at_least("speculation.draft_length", self.draft_length, 1)
-        if self.draft_length > 64:
-            raise invalid("speculation.draft_length", self.draft_length, "use at most 64")
-        for name in ("quantize_lm_head", "canary"):
+        _one_of("speculation.objective", self.objective, OBJECTIVES)
+        _at_least("speculation.longest_draft", self.longest_draft, 1)
+        _at_least("speculation.history_tokens", self.history_tokens, 1)
+        if self.draft_length is not None:
+            _at_least("speculation.draft_length", self.draft_length, 1)
+        for name in ("draft_length", "longest_draft"):
+            if (getattr(self, name) or 0) > 64:
+                raise invalid(f"speculation.{name}", getattr(self, name), "use at most 64")
+        for name in ("quantize_lm_head", "canary", "history"):
             if not isinstance(getattr(self, name), bool):
                 raise invalid(f"speculation.{name}", getattr(self, name), "use true or false")
-        floor = self.canary_min_acceptance
-        if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0.0 <= floor <= 1.0:
-            raise invalid("speculation.canary_min_acceptance", floor, "use a number in [0, 1]")
+        for name in ("canary_min_acceptance", "margin", "probe_share", "explore_share"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+                raise invalid(f"speculation.{name}", value, "use a number in [0, 1]")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rollout_spec.drafters.quantizers.perturbed import PerturbedQuantizer
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import example_folder, expanded_policy, load_problems
 from rollout_spec.models.weights import Piece, is_linear, slots_of
-from rollout_spec.policy.draft_length import FixedDraftLength
+from rollout_spec.policy.baselines import Fixed, Off
 
 _DRAFT_LENGTH = {1: 6, 4: 4}  # by live batch; fixed beforehand, not the best of several
 _SPEEDUP = {1: 1.5, 4: 1.05}
@@ -117,7 +117,7 @@ class EngineBenchmark:
         seen: dict[int, list[Completion]] = {}
 
         def run(draft_length: int) -> None:
-            engine.backend.policy = FixedDraftLength(draft_length)
+            engine.backend.policy = Fixed(draft_length) if draft_length else Off()
             seen[draft_length] = engine.generate(prompts, params, request_ids=ids)
 
         draft_length = _DRAFT_LENGTH[batch]
@@ -161,7 +161,7 @@ class EngineBenchmark:
 
     def _long_answers(self, engine: RolloutEngine, count: int) -> list[Completion]:
         """`count` requests whose answers reach `_TOKENS` tokens, so that all are live all the time."""
-        engine.backend.policy = FixedDraftLength(4)
+        engine.backend.policy = Fixed(4)
         prompts = sorted(self.prompts, key=len)[-8 * count :]
         ids = [f"bench-{count}-{row}" for row in range(len(prompts))]
         completions = engine.generate(prompts, SamplingParams(max_tokens=_TOKENS), request_ids=ids)

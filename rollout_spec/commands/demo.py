@@ -178,9 +178,9 @@ def roll_out(
     """The same requests plainly and speculatively; completions and seconds of each."""
     from rollout_spec.contracts import SamplingParams
     from rollout_spec.observe.live import LiveRollouts
-    from rollout_spec.policy.draft_length import FixedDraftLength
+    from rollout_spec.policy.baselines import Fixed, Off
 
-    policies = {PLAIN: FixedDraftLength(0), SPECULATIVE: FixedDraftLength(DRAFT_LENGTH, LARGEST_BATCH)}
+    policies = {PLAIN: Off(), SPECULATIVE: Fixed(DRAFT_LENGTH, LARGEST_BATCH)}
     ids = [f"demo-{row}" for row in range(len(prompts))]
     runs, seconds = {}, {}
     for policy in policies.values():  # both ways once, so that neither pays for the first pass

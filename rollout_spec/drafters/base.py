@@ -10,42 +10,47 @@ from torch import Tensor
 
 from rollout_spec.models.decoder import Decoder
 from rollout_spec.models.weights import Piece
-from rollout_spec.sampling.pipeline import SamplingBatch
 
 
 @dataclass(frozen=True)
 class DraftRound:
     """One speculative block, as drafters see it.
 
+    Sequences are in order of falling draft length. Those that draft in step j are the first `active[j]`; what a
+    sequence drafts in its step 0 follows its last token, or what history has proposed behind it.
+
     Attributes:
-        last_tokens: The token each sequence ends with `[B]`; its keys and values are not in the cache yet.
-        width: Draft tokens to propose, K.
-        batch: The sampling pipeline of these sequences; drafts are drawn from the processed distribution.
-        keys: Noise keys of the K positions being drafted `[B, K]`.
+        active: Sequences that draft in every step; as many entries as the longest draft has tokens.
         coupled: Whether to draft with the target's own noise (`coupled`) or with noise of its own.
-        forward: `(model, tokens [B, n], first) -> logits [B, n, V]`: run a decoder that shares the target's
-            KV cache on rows `first ..` of the block, writing provisional entries.
+        forward: `(model, tokens [B', 1] or None, j) -> logits [active[j], 1, V]`: run a decoder that shares the
+            target's KV cache, writing provisional entries; `tokens` are those drafted in step j - 1, None in
+            step 0.
+        process: `(logits, j, drafted) -> logits` of the processed distribution that drafts are drawn from;
+            `drafted` holds the tokens of the steps before.
+        keys: `j -> int64 [active[j], 1]`: noise keys of the positions being drafted.
     """
 
-    last_tokens: Tensor
-    width: int
-    batch: SamplingBatch
-    keys: Tensor
+    active: tuple[int, ...]
     coupled: bool
-    forward: Callable[[Decoder, Tensor, int], Tensor]
+    forward: Callable[[Decoder, Tensor | None, int], Tensor]
+    process: Callable[[Tensor, int, list[Tensor]], Tensor]
+    keys: Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Draft tokens `[B, K]` and, for rejection sampling, the processed logits `[B, K, V]` they were drawn from.
+    """What was drafted in each step.
 
-    `logits` is None for a deterministic proposal (a point mass). `healthy` is a boolean scalar tensor, False
-    when the drafter produced a NaN or infinite logit; it is read with the verdict, without a synchronisation of
-    its own.
+    Attributes:
+        tokens: int64 `[active[j], 1]` per step.
+        logits: The processed logits `[active[j], 1, V]` they were drawn from, for rejection sampling; None for a
+            deterministic proposal (a point mass), or if nobody will ask.
+        healthy: Boolean scalar tensor, False when the drafter produced a NaN or infinite logit; it is read with
+            the verdict, without a synchronisation of its own.
     """
 
-    tokens: Tensor
-    logits: Tensor | None
+    tokens: list[Tensor]
+    logits: list[Tensor] | None
     healthy: Tensor
 
 
@@ -56,7 +61,7 @@ class Drafter(Protocol):
     version: int
 
     def propose(self, round: DraftRound) -> Proposal:
-        """Draft `round.width` tokens for every sequence."""
+        """Draft for every sequence of the round."""
 
     def stage(self, piece: Piece) -> None:
         """Take one new weight of the policy, as it arrives; nothing is in force before `commit`."""

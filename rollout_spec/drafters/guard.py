@@ -79,17 +79,17 @@ class DrafterGuard:
             self._report("raised", cause, drafter.version, error)
             return None
 
-    def observe(self, proposal: Proposal, tried: int, accepted: int, version: int) -> None:
+    def observe(self, healthy: bool, tried: int, accepted: int, version: int) -> None:
         """Judge a verified proposal: finite logits, and acceptance over the last tokens tried.
 
         Args:
-            proposal: What the drafter proposed.
+            healthy: Whether all its logits were finite.
             tried: Draft tokens put to the test: those accepted, and the first rejected of each sequence. Those
                 behind a rejection say nothing about the drafter.
             accepted: Draft tokens accepted.
             version: Policy version in force.
         """
-        if not bool(proposal.healthy):
+        if not healthy:
             self._report("nan", "the drafter produced NaN or infinite logits", version)
             return
         self._tried, self._accepted = self._tried + tried, self._accepted + accepted

@@ -64,18 +64,17 @@ class QuantizedSelfDrafter:
         return is_linear(slot) and (slot != "lm_head" or self._quantize_lm_head)
 
     def propose(self, round: DraftRound) -> Proposal:
-        tokens = round.last_tokens[:, None]
-        drafts: list[Tensor] = []
+        draw = draft_coupled if round.coupled else draft_rejection
+        tokens: Tensor | None = None
+        drafted: list[Tensor] = []
         logits: list[Tensor] = []
-        healthy = torch.ones((), dtype=torch.bool, device=tokens.device)
-        for step in range(round.width):
+        healthy = torch.ones((), dtype=torch.bool, device=self.model.weights.embed.device)
+        for step in range(len(round.active)):
             raw = round.forward(self.model, tokens, step)
             healthy &= (raw < torch.inf).all()
-            block = torch.cat(drafts, dim=1) if drafts else None
-            processed = round.batch.process(raw, block=block, first=step).logits
-            draw = draft_coupled if round.coupled else draft_rejection
-            tokens = draw(processed, round.keys[:, step : step + 1])
-            drafts.append(tokens)
+            processed = round.process(raw, step, drafted)
+            tokens = draw(processed, round.keys(step))
+            drafted.append(tokens)
             if not round.coupled:
                 logits.append(processed)
-        return Proposal(torch.cat(drafts, dim=1), torch.cat(logits, dim=1) if logits else None, healthy)
+        return Proposal(drafted, logits or None, healthy)

@@ -24,7 +24,7 @@ from rollout_spec.drafters.base import Drafter, DraftRound, Proposal
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.models.decoder import Decoder
 from rollout_spec.models.weights import Piece
-from rollout_spec.policy.draft_length import FixedDraftLength
+from rollout_spec.policy.baselines import Fixed
 from rollout_spec.proofs.runs import mode
 from rollout_spec.sampling import reference
 
@@ -101,8 +101,8 @@ class _Distorted:
         self.name, self.version = drafter.name, drafter.version
 
     def propose(self, round: DraftRound) -> Proposal:
-        def forward(model: Decoder, tokens: Tensor, first: int) -> Tensor:
-            return round.forward(model, tokens, first) + self._bias
+        def forward(model: Decoder, tokens: Tensor | None, step: int) -> Tensor:
+            return round.forward(model, tokens, step) + self._bias
 
         return self._drafter.propose(replace(round, forward=forward))
 
@@ -168,7 +168,7 @@ def distribution(
     engine: RolloutEngine, context: list[int], params: SamplingParams, samples: int, *, coupled: bool
 ) -> Distribution:
     """Draw `samples` short completions of `context` with speculation, and test every token of them."""
-    with mode(engine, FixedDraftLength(DRAFT_LENGTH), coupled=coupled):
+    with mode(engine, Fixed(DRAFT_LENGTH), coupled=coupled):
         drawn = engine.generate(context, params, n=samples)
     outputs = np.array([completion.token_ids for completion in drawn])
     pvalues, freedom = [], 0

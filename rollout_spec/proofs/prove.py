@@ -14,7 +14,7 @@ from torch import Tensor
 from rollout_spec.contracts import Completion, SamplingParams
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.observe.report import Check, ExactnessLevel
-from rollout_spec.policy.draft_length import FixedDraftLength
+from rollout_spec.policy.baselines import Fixed
 from rollout_spec.proofs.distribution import TOKENS, Distribution, contexts, distorted, distribution
 from rollout_spec.proofs.reforward import Parity, parity
 from rollout_spec.proofs.runs import CUTS, OFF, Requests, total, ways_to_speculate
@@ -97,7 +97,7 @@ class Proof:
         for name, policy in ways_to_speculate(self.settings.draft_length, self.settings.seed).items():
             self._progress(f"speculating: {name}")
             speculated[name] = self.requests.run(self.engine, policy)
-        fixed = FixedDraftLength(self.settings.draft_length)
+        fixed = Fixed(self.settings.draft_length)
         self._progress("speculating: rejection verifier")
         rejected = self.requests.run(self.engine, fixed, coupled=False)
 
@@ -158,7 +158,7 @@ class Proof:
             "noise, recomputed", value, self._same("the winner of the race"), self._ties(found.margins)
         )
 
-    def _greedy(self, policy: FixedDraftLength) -> bool:
+    def _greedy(self, policy: Fixed) -> bool:
         self._progress("greedy")
         params = SamplingParams(temperature=0, max_tokens=self.settings.max_tokens)
         greedy = Requests(list(self.settings.prompts), [params] * len(self.settings.prompts))

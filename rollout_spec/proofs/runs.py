@@ -9,10 +9,11 @@ from typing import Any
 
 from rollout_spec.contracts import Completion, SamplingParams, SpecCounts
 from rollout_spec.engine import RolloutEngine
-from rollout_spec.policy.draft_length import DraftLengthPolicy, FixedDraftLength, RandomDraftLength
+from rollout_spec.policy.baselines import Fixed, Off, RandomLengths
+from rollout_spec.policy.records import SpeculationPolicy
 
 CUTS: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
-OFF = FixedDraftLength(0)
+OFF = Off()
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Requests:
         return [f"verify-{row}" for row in range(len(self.prompts))]
 
     def run(
-        self, engine: RolloutEngine, policy: DraftLengthPolicy, *, coupled: bool = True
+        self, engine: RolloutEngine, policy: SpeculationPolicy, *, coupled: bool = True
     ) -> list[Completion]:
         """Completions in order of the requests, with draft lengths from `policy`."""
         with mode(engine, policy, coupled=coupled):
@@ -45,7 +46,7 @@ class Requests:
 
 
 @contextmanager
-def mode(engine: RolloutEngine, policy: DraftLengthPolicy, *, coupled: bool = True) -> Iterator[None]:
+def mode(engine: RolloutEngine, policy: SpeculationPolicy, *, coupled: bool = True) -> Iterator[None]:
     """Decode with this policy and verifier for a while. The engine must be idle."""
     backend = engine.backend
     before = backend.policy, backend.coupled
@@ -56,12 +57,12 @@ def mode(engine: RolloutEngine, policy: DraftLengthPolicy, *, coupled: bool = Tr
         backend.policy, backend.coupled = before
 
 
-def ways_to_speculate(draft_length: int, seed: int) -> dict[str, DraftLengthPolicy]:
+def ways_to_speculate(draft_length: int, seed: int) -> dict[str, SpeculationPolicy]:
     """What must not change a trajectory: speculation on, toggled at random, and with random draft lengths."""
     return {
-        "on": FixedDraftLength(draft_length),
-        "toggled": RandomDraftLength(seed, longest=draft_length, off=0.5),
-        "K random": RandomDraftLength(seed, longest=8, off=0.0),
+        "on": Fixed(draft_length),
+        "toggled": RandomLengths(seed, longest=draft_length, off=0.5),
+        "K random": RandomLengths(seed, longest=8, off=0.0),
     }
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import numpy as np
 from torch import Tensor
 
 from rollout_spec.contracts import Completion, VersionSpan
 from rollout_spec.engine import RolloutEngine
-from rollout_spec.policy.draft_length import FixedDraftLength
+from rollout_spec.policy.baselines import Fixed
+from rollout_spec.policy.records import Plan, Reason, StepState
 from rollout_spec.proofs.runs import Requests, mode
 
 PAUSE_AT = 2  # the decode pass that waits for the new weights
@@ -46,7 +46,7 @@ class Interrupted:
     wrong_after: int
 
 
-class _Pause:
+class _Pause(Fixed):
     """Holds the engine at one pass until the new weights have arrived, and decodes plainly until they are in force.
 
     Before and after it drafts `draft_length` tokens.
@@ -54,18 +54,18 @@ class _Pause:
 
     def __init__(self, engine: RolloutEngine, draft_length: int) -> None:
         self._weights, self._old = engine.backend.weights, engine.backend.weights.version
-        self._inner = FixedDraftLength(draft_length)
+        super().__init__(draft_length)
         self._passes = 0
         self.reached, self.arrived = threading.Event(), threading.Event()
 
-    def draft_lengths(self, lengths: np.ndarray, remaining: np.ndarray) -> np.ndarray:
+    def plan(self, state: StepState) -> Plan:
         self._passes += 1
         if self._passes == PAUSE_AT:
             self.reached.set()
             self.arrived.wait(PATIENCE)
         if self.arrived.is_set() and self._weights.version == self._old:
-            return np.zeros_like(lengths)
-        return self._inner.draft_lengths(lengths, remaining)
+            return Plan.plain(len(state.slots), Reason.OFF)
+        return super().plan(state)
 
     def deliver(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The weights, once the engine holds; the engine goes on after the last of them."""

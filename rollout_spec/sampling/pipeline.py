@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -117,14 +117,19 @@ class SamplingBatch:
     bias: Tensor | None = None
     end_ids: Tensor | None = None
 
-    def process(self, logits: Tensor, block: Tensor | None = None, first: int = 0) -> Processed:
+    def take(self, sequences: Tensor | slice) -> SamplingBatch:
+        """The same for some of the sequences, given as an index int64 [B'] or a slice; one may come several times."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stages"}
+        return replace(self, **{name: x[sequences] for name, x in tensors.items() if x is not None})
+
+    def process(self, logits: Tensor, block: Tensor | None = None, first: int | Tensor = 0) -> Processed:
         """Apply every stage in the order of `contracts.SamplingParams`.
 
         Args:
             logits: float32 [B, S, V], never written to; padded columns are -inf.
             block: int64 [B, P], draft tokens after the recorded output. Draft step j passes the j tokens drafted
                 so far and first=j; verification passes all K and first=0.
-            first: Number of block tokens before row 0.
+            first: Number of block tokens before row 0; int64 [B] where it differs between sequences.
 
         Returns:
             The processed distribution; its logits are `logits` itself when no stage is in use.
@@ -154,17 +159,15 @@ class SamplingBatch:
             uncut = None if uncut is None else torch.where(greedy, point, uncut)
         return Processed(scores, uncut)
 
-    def _penalise(self, scores: Tensor, block: Tensor | None, first: int) -> Tensor:
+    def _penalise(self, scores: Tensor, block: Tensor | None, first: int | Tensor) -> Tensor:
         assert self.counts is not None
         assert self.in_prompt is not None
         counts = self.counts.unsqueeze(1)
-        rows = scores.shape[1]
-        prefix = 0 if block is None else min(block.shape[1], first + rows - 1)
-        if block is not None and prefix > 0:
-            shape = (scores.shape[0], rows, prefix)
-            row, column = (torch.arange(n, device=scores.device) for n in shape[1:])
-            seen_by_row = (column < first + row.unsqueeze(1)).to(counts.dtype).expand(shape)
-            index = block[:, None, :prefix].expand(shape)
+        if block is not None and block.shape[1]:
+            shape = (*scores.shape[:2], block.shape[1])
+            column = torch.arange(block.shape[1], device=scores.device)
+            seen_by_row = (column < _rows(scores, first).unsqueeze(-1)).to(counts.dtype).expand(shape)
+            index = block[:, None].expand(shape)
             counts = counts.expand_as(scores).scatter_add(2, index, seen_by_row)
         present = counts > 0
         repetition, presence, frequency = (
@@ -182,15 +185,21 @@ class SamplingBatch:
             2, self.bias_ids.unsqueeze(1).expand(shape), self.bias.unsqueeze(1).expand(shape)
         )
 
-    def _mask_end_tokens(self, scores: Tensor, first: int) -> Tensor:
+    def _mask_end_tokens(self, scores: Tensor, first: int | Tensor) -> Tensor:
         assert self.end_ids is not None
-        rows = torch.arange(first, first + scores.shape[1], device=scores.device)
-        too_short = (self.output_length[:, None] + rows < self.min_tokens[:, None]).unsqueeze(-1)
+        too_short = self.output_length[:, None] + _rows(scores, first) < self.min_tokens[:, None]
+        too_short = too_short.unsqueeze(-1)
         ids = self.end_ids.unsqueeze(1).expand(*scores.shape[:2], -1)
         kept = scores.gather(2, ids)
         masked = scores.scatter(2, ids, torch.where(too_short, _NEG_INF, kept))
         others = masked.amax(-1, keepdim=True) > _NEG_INF
         return masked.scatter_(2, ids, torch.where(too_short & others, _NEG_INF, kept))
+
+
+def _rows(scores: Tensor, first: int | Tensor) -> Tensor:
+    """Block tokens before every row of scores [B, S, V]: int64 [1 or B, S]."""
+    rows = torch.arange(scores.shape[1], device=scores.device)
+    return (first.unsqueeze(1) if isinstance(first, Tensor) else first) + rows.unsqueeze(0)
 
 
 def _cut_top_k(scores: Tensor, top_k: Tensor, largest_k: int) -> Tensor:

@@ -34,8 +34,32 @@ class Verdict(NamedTuple):
     accepted: Tensor
 
 
+class Ragged(NamedTuple):
+    """Which cells of a [B, S] grid are rows of a ragged pass.
+
+    Attributes:
+        cells: int64 [R], flat index of every row in the grid, rising.
+        place: int64 [B, S], the row of every cell; 0 for cells that are none.
+    """
+
+    cells: Tensor
+    place: Tensor
+
+    def rows(self, grid: Tensor) -> Tensor:
+        """The rows' entries of a grid [B, S]: [R, 1]."""
+        return grid.flatten()[self.cells].unsqueeze(1)
+
+    def grid(self, rows: Tensor) -> Tensor:
+        """Rows [.., R, 1] put in the grid [.., B, S], with anything in cells that are no rows."""
+        return rows.squeeze(-1)[..., self.place]
+
+
 def verify_coupled(
-    target_logits: Tensor, drafts: Tensor | None, draft_lengths: Tensor | None, keys: Tensor | None
+    target_logits: Tensor,
+    drafts: Tensor | None,
+    draft_lengths: Tensor | None,
+    keys: Tensor | None,
+    ragged: Ragged | None = None,
 ) -> Verdict:
     """Emit the target's own choices up to the first that differs from the draft.
 
@@ -44,8 +68,12 @@ def verify_coupled(
         drafts: int64 [B, K], or None when S = 1.
         draft_lengths: int64 [B] in [0, K], or None when all K count.
         keys: int64 [B, S] from `noise.row_keys`, or None when every row is greedy and needs no noise.
+        ragged: Given if the logits are those of the rows only: float32 [R, 1, V].
     """
-    tokens = _choose(target_logits, keys)
+    if ragged is None:
+        tokens = _choose(target_logits, keys)
+    else:
+        tokens = ragged.grid(_choose(target_logits, None if keys is None else ragged.rows(keys)))
     if drafts is None:
         accepted = torch.zeros_like(tokens[:, 0])
     else:
@@ -132,6 +160,8 @@ def verify_rejection(
     draft_lengths: Tensor | None,
     q_logits: Tensor | None,
     keys: Tensor,
+    ragged: Ragged | None = None,
+    q_place: Tensor | None = None,
 ) -> Verdict:
     """Accept drafts by min(1, p/q); draw the next token from the residual, or from p after the last draft.
 
@@ -146,36 +176,45 @@ def verify_rejection(
         q_logits: float32 [B, K, V], the processed logits the drafts were drawn from; None when each draft was
             the proposal's only choice.
         keys: int64 [B, S].
+        ragged: Given if `target_logits` are those of the rows only: float32 [R, 1, V].
+        q_place: Given if `q_logits` are float32 [Q, V]: for every draft its row there, int64 [B, K], or -1 where
+            the draft was the proposal's only choice.
     """
+    p_rows = target_logits.flatten(0, 1)
     if drafts is None or drafts.shape[1] == 0:
-        tokens = _draw(target_logits[:, :1], uniform(keys[:, :1], Stream.RESIDUAL))
+        tokens = _draw(p_rows[:, None], uniform(keys[:, :1], Stream.RESIDUAL))
         accepted = torch.zeros_like(tokens[:, 0])
         return Verdict(tokens, accepted + 1, accepted)
-    k, vocab_size = drafts.shape[1], target_logits.shape[-1]
+    (batch, k), vocab_size = drafts.shape, target_logits.shape[-1]
+    place = _consecutive(batch, k + 1, drafts) if ragged is None else ragged.place
+    if q_logits is not None and q_place is None:
+        q_logits, q_place = q_logits.flatten(0, 1), _consecutive(batch, k, drafts)
     proposed = _is_drafted(drafts, draft_lengths) & (drafts >= 0) & (drafts < vocab_size)
-    index = drafts.clamp(0, vocab_size - 1).unsqueeze(-1)
-    log_ratio = _log_prob(target_logits[:, :k], index)
+    index = drafts.clamp(0, vocab_size - 1)
+    log_ratio = _log_prob(p_rows, place[:, :k], index)
     if q_logits is not None:
-        log_q = _log_prob(q_logits, index)
+        assert q_place is not None
+        log_q = torch.where(q_place < 0, 0.0, _log_prob(q_logits, q_place.clamp_min(0), index))
         proposed = proposed & log_q.isfinite()
         log_ratio = log_ratio - log_q
     lengths = _leading_run(proposed)
     accept = uniform(keys[:, :k], Stream.ACCEPT).log() < log_ratio
     accepted = torch.minimum(_leading_run(accept), lengths)
 
-    p = _row(target_logits, accepted).softmax(-1)
+    p = p_rows[_at(place, accepted)].softmax(-1)
     last = accepted.clamp_max(k - 1)
-    if q_logits is None:
-        q = torch.zeros_like(p).scatter_(-1, _row(index, last), 1.0)
-    else:
-        q = _row(q_logits, last).softmax(-1)
+    q = torch.zeros_like(p).scatter_(-1, _at(index, last).unsqueeze(1), 1.0)
+    if q_logits is not None:
+        assert q_place is not None
+        row = _at(q_place, last)
+        q = torch.where(row.unsqueeze(1) < 0, q, q_logits[row.clamp_min(0)].softmax(-1))
     residual = (p - q).clamp_min_(0.0)
-    use_residual = (accepted < lengths)[:, None, None] & (residual.sum(-1, keepdim=True) > 0)
+    use_residual = (accepted < lengths)[:, None] & (residual.sum(-1, keepdim=True) > 0)
     weights = torch.where(use_residual, residual, p)
-    key = keys.gather(1, accepted.unsqueeze(1))
-    following = _by_rows(_invert, weights, uniform(key, Stream.RESIDUAL))
+    key = _at(keys, accepted).unsqueeze(1)
+    following = _by_rows(_invert, weights[:, None], uniform(key, Stream.RESIDUAL))
 
-    tokens = torch.cat([index.squeeze(-1), following], 1)
+    tokens = torch.cat([index, following], 1)
     tokens.scatter_(1, accepted.unsqueeze(1), following)
     return Verdict(tokens, accepted + 1, accepted)
 
@@ -204,13 +243,18 @@ def _leading_run(flags: Tensor) -> Tensor:
     return flags.to(torch.int64).cumprod(1).sum(1)
 
 
-def _log_prob(logits: Tensor, index: Tensor) -> Tensor:
-    return (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True)).squeeze(-1)
+def _consecutive(batch: int, width: int, like: Tensor) -> Tensor:
+    return torch.arange(batch * width, device=like.device).view(batch, width)
 
 
-def _row(x: Tensor, row: Tensor) -> Tensor:
-    """x[b, row[b]] for x [B, S, N] and row int64 [B]: [B, 1, N]."""
-    return x.gather(1, row[:, None, None].expand(-1, 1, x.shape[-1]))
+def _log_prob(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities of tokens [B, K] in the given rows [B, K] of logits [R, V]."""
+    return logits[rows, tokens] - logits.logsumexp(-1)[rows]
+
+
+def _at(x: Tensor, column: Tensor) -> Tensor:
+    """x[b, column[b]] for x [B, S]: [B]."""
+    return x.gather(1, column.unsqueeze(1)).squeeze(1)
 
 
 def _draw(logits: Tensor, u: Tensor) -> Tensor:

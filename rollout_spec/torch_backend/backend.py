@@ -17,16 +17,23 @@ from torch import Tensor
 
 from rollout_spec.config import EngineConfig
 from rollout_spec.contracts import FinishReason, invalid
-from rollout_spec.drafters.base import DraftRound, Proposal
 from rollout_spec.drafters.guard import DrafterGuard
+from rollout_spec.drafters.history import History
 from rollout_spec.drafters.quantized import QuantizedSelfDrafter
 from rollout_spec.models.decoder import Decoder
 from rollout_spec.models.spec import ModelSpec
-from rollout_spec.policy.draft_length import DraftLengthPolicy, FixedDraftLength
+from rollout_spec.observe.trace import TraceRecorder
+from rollout_spec.policy import calibration
+from rollout_spec.policy.automatic import AutomaticPolicy
+from rollout_spec.policy.baselines import Fixed, Off
+from rollout_spec.policy.calibration import Calibration
+from rollout_spec.policy.records import Plan, Reason, SpeculationPolicy, StepOutcome, StepState
 from rollout_spec.sampling import verify
 from rollout_spec.sampling.noise import row_keys
-from rollout_spec.sampling.pipeline import SamplingBatch, token_logprobs, top_logprobs
+from rollout_spec.sampling.pipeline import Processed, SamplingBatch, token_logprobs, top_logprobs
 from rollout_spec.sampling.table import SamplingTable
+from rollout_spec.torch_backend.calibrate import BRIEF, calibration_key, measure
+from rollout_spec.torch_backend.drafting import Drafts
 from rollout_spec.torch_backend.kv_cache import BlockPool, KVCache, OutOfBlocks
 from rollout_spec.torch_backend.probe import row_invariance
 from rollout_spec.torch_backend.runner import Block, Runner
@@ -48,6 +55,34 @@ class StepTimes:
     sample: float = 0.0
     total: float = 0.0
     steps: int = 0
+
+
+class _Clock:
+    """Times one pass and the drafting in it; on CUDA by events, read after the pass has synchronised."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = (
+            [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        )
+        self._start = self._drafting = time.perf_counter()
+        self._drafted = 0.0
+
+    def start_drafting(self) -> None:
+        self._drafting = time.perf_counter()
+        if self._events:
+            self._events[0].record()
+
+    def stop_drafting(self) -> None:
+        self._drafted = time.perf_counter() - self._drafting
+        if self._events:
+            self._events[1].record()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of drafting and of the whole pass so far; the device must be idle."""
+        total = time.perf_counter() - self._start
+        if self._events:
+            return self._events[0].elapsed_time(self._events[1]) / 1e3, total
+        return self._drafted, total
 
 
 class TorchBackend:
@@ -79,7 +114,10 @@ class TorchBackend:
         self._decode_text = decode_text
         self.guard = DrafterGuard(config.speculation)
         self.weights = PolicyWeights(spec, config.speculation, dtype, device, self.max_model_len)
-        self.policy: DraftLengthPolicy = FixedDraftLength(config.speculation.draft_length)
+        self.policy: SpeculationPolicy = Off()
+        self.history: History | None = None
+        self.calibration: Calibration | None = None
+        self.recorder: TraceRecorder | None = None
         self.times = StepTimes()
         self.cache = KVCache(
             spec.num_layers,
@@ -112,7 +150,38 @@ class TorchBackend:
         self.cache.clear()
         verifier = self.config.speculation.verifier
         self.coupled = verifier == "coupled" or (verifier == "auto" and self.row_invariant)
+        self._choose_policy()
         return report
+
+    def _choose_policy(self) -> None:
+        """Fixed draft lengths if the configuration says so, else decisions from measured costs."""
+        options = self.config.speculation
+        if options.draft_length is not None:
+            self.policy = Fixed(options.draft_length) if self.weights.drafter is not None else Off()
+            return
+        if self.weights.drafter is None and not options.history:
+            return
+        key = calibration_key(self)
+        self.calibration = calibration.cached(key)
+        if self.calibration is None:
+            began = time.perf_counter()
+            self.calibration = Calibration.of(key, measure(self, BRIEF), brief=True)
+            calibration.write(self.calibration, calibration.cache_path(key))
+            logger.info(
+                "calibrated briefly, in %.1f s: no calibration of this model on this machine was found; "
+                "`rollout-spec calibrate MODEL` makes a better one, once",
+                time.perf_counter() - began,
+            )
+        self.history = History(options.history_tokens) if options.history else None
+        self.policy = AutomaticPolicy(
+            self.calibration.cost_model,
+            objective=options.objective,
+            longest=options.longest_draft,
+            margin=options.margin,
+            probe_share=options.probe_share,
+            explore_share=options.explore_share,
+            seed=self.config.seed,
+        )
 
     def _kv_blocks(self) -> int:
         bs = self.config.block_size
@@ -144,7 +213,7 @@ class TorchBackend:
         """Advance every sequence it can; returns the samples that finished."""
         start = time.perf_counter()
         for sample in self.scheduler.admit():
-            self._assign(sample)
+            self.assign(sample)
         chunks = self.scheduler.prefills()
         if chunks:
             before = time.perf_counter()
@@ -205,6 +274,11 @@ class TorchBackend:
 
     def _drafter_follows(self) -> None:
         weights = self.weights
+        self.policy.after_update()
+        if self.history is not None:
+            self.history.after_update()
+        if self.recorder is not None:
+            self.recorder.event(f"policy version {weights.version}")
         self.guard.after_update(weights.drafter, weights.version, self.compare, weights.drafter_error)
 
     def compare(self, context: np.ndarray) -> tuple[Tensor, Tensor] | None:
@@ -220,74 +294,106 @@ class TorchBackend:
     # --- one decode pass -------------------------------------------------------------------------------
 
     def _decode(self, rows: np.ndarray) -> list[Sample]:
-        lengths, limits = self.slots.length[rows], self.slots.limit[rows]
-        drafter, draft_lengths = self.weights.drafter, np.zeros(len(rows), np.int64)
-        if self.guard.check(drafter, self.weights.version):
-            wanted = self.policy.draft_lengths(lengths, limits - lengths)
-            draft_lengths = np.clip(wanted, 0, limits - lengths - 1)
-        kept = self.scheduler.reserve(rows, draft_lengths)
-        rows, draft_lengths = rows[kept], draft_lengths[kept]
-        if not len(rows):
+        clock = _Clock(self.device)
+        state = self._state(rows)
+        plan = self.policy.plan(state)
+        state, plan = self._reserve(state, plan)
+        if not len(state.slots):
             return []
+        rows = state.slots
 
-        clock = time.perf_counter()
-        block = self.runner.block(self.slots, rows, draft_lengths)
+        block = self.runner.block(self.slots, rows, plan.draft_lengths)
         batch = self.table.select(torch.from_numpy(rows).to(self.device), rows.tolist())
         keys = row_keys(batch.key, self.weights.version, block.positions + 1)
-        proposal = None
-        if draft_lengths.any():
-            assert drafter is not None
-            proposal = self.guard.propose(drafter, self._round(block, batch, keys))
+        drafts = self._drafts(plan, state, block, batch, keys)
+        clock.start_drafting()
+        if (plan.draft_lengths > plan.from_history).any():
+            assert self.weights.drafter is not None
+            proposal = self.guard.propose(self.weights.drafter, drafts.round)
             if proposal is None:  # the drafter failed: this pass decodes plainly
                 self.cache.wipe_rows(block.kv_rows.flatten())
-                draft_lengths = np.zeros(len(rows), np.int64)
-                block, keys = self.runner.block(self.slots, rows, draft_lengths), keys[:, :1]
-            self.times.draft += (now := time.perf_counter()) - clock
-            clock = now
+                plan = Plan.plain(len(rows), Reason.NO_DRAFTER)
+                block, keys = self.runner.block(self.slots, rows, plan.draft_lengths), keys[:, :1]
+                drafts = self._drafts(plan, state, block, batch, keys)
+            else:
+                drafts.add(proposal)
+        clock.stop_drafting()
 
-        tokens = block.last_tokens[:, None]
-        if proposal is not None:
-            tokens = torch.cat((tokens, proposal.tokens), dim=1)
-        raw = self.runner.forward(self.weights.target, block, tokens, 0)
-        self.times.target += (now := time.perf_counter()) - clock
-        clock = now
-        verdict, logprobs = self._verify(batch, raw, proposal, block, keys)
-        self.times.sample += time.perf_counter() - clock
-        return self._append(rows, draft_lengths, verdict, logprobs, raw, proposal)
-
-    def _round(self, block: Block, batch: SamplingBatch, keys: Tensor) -> DraftRound:
-        def forward(model, tokens, first):
-            return self.runner.forward(model, block, tokens, first)
-
-        width = block.shape[1] - 1
-        return DraftRound(block.last_tokens, width, batch, keys[:, :width], self.coupled, forward)
-
-    def _verify(
-        self, batch: SamplingBatch, raw: Tensor, proposal: Proposal | None, block: Block, keys: Tensor
-    ) -> tuple[verify.Verdict, Tensor]:
-        drafts = None if proposal is None else proposal.tokens
-        processed = batch.process(raw, block=drafts, first=0)
-        if self.coupled:
-            noise = keys if batch.stages.sampled else None
-            verdict = verify.verify_coupled(processed.logits, drafts, block.draft_lengths, noise)
+        tokens = torch.cat((block.last_tokens[:, None], drafts.tokens), dim=1)
+        ragged = drafts.ragged
+        raw = self.runner.forward(
+            self.weights.target, block, tokens, cells=None if ragged is None else ragged.cells
+        )
+        processed = self._process(batch, raw, drafts)
+        verdict = drafts.verify(processed.logits)
+        if ragged is None:
+            logprobs = torch.stack(token_logprobs(raw, processed, verdict.tokens))
         else:
-            q_logits = None if proposal is None else proposal.logits
-            verdict = verify.verify_rejection(processed.logits, drafts, block.draft_lengths, q_logits, keys)
-        return verdict, torch.stack(token_logprobs(raw, processed, verdict.tokens))
+            logprobs = torch.stack(token_logprobs(raw, processed, ragged.rows(verdict.tokens)))
+            logprobs = ragged.grid(logprobs)
+        return self._append(state, plan, verdict, logprobs, raw, drafts, clock)
+
+    def _state(self, rows: np.ndarray) -> StepState:
+        """What is live, for the policy."""
+        slots, drafter = self.slots, self.weights.drafter
+        lengths = slots.length[rows]
+        allowed = slots.limit[rows] - lengths
+        usable = self.guard.check(drafter, self.weights.version)
+        return StepState(
+            rows,
+            lengths,
+            lengths - slots.prompt_length[rows],
+            allowed,
+            (drafter.name,) if usable and drafter is not None else (),
+            None if self.history is None else self.history.match(rows, allowed - 1),
+            len(self.scheduler.waiting),
+        )
+
+    def _reserve(self, state: StepState, plan: Plan) -> tuple[StepState, Plan]:
+        """State and plan of the sequences that get the memory they need, in order of falling own draft length."""
+        lengths = np.clip(plan.draft_lengths, 0, state.allowed - 1)
+        before = np.minimum(plan.from_history, lengths)
+        if plan.drafter not in state.drafters:
+            lengths = before
+        order = np.argsort(before - lengths, kind="stable")
+        kept = order[self.scheduler.reserve(state.slots[order], lengths[order])]
+        done = Plan(lengths[kept], before[kept], plan.drafter, plan.reason, plan.gain, plan.seconds)
+        return state.take(kept), done
+
+    def _drafts(
+        self, plan: Plan, state: StepState, block: Block, batch: SamplingBatch, keys: Tensor
+    ) -> Drafts:
+        history = None
+        if plan.from_history.any():
+            assert self.history is not None
+            history = self.history.propose(state.slots, plan.from_history)
+        return Drafts(
+            plan.draft_lengths, plan.from_history, history, block, batch, keys, self.runner, self.coupled
+        )
+
+    def _process(self, batch: SamplingBatch, raw: Tensor, drafts: Drafts) -> Processed:
+        """The processed distribution of the block's rows, or of those that are computed."""
+        if drafts.ragged is None:
+            return batch.process(raw, block=drafts.tokens)
+        width = drafts.tokens.shape[1] + 1
+        sequence, step = drafts.ragged.cells // width, drafts.ragged.cells % width
+        return batch.take(sequence).process(raw, block=drafts.tokens[sequence], first=step)
 
     def _append(
         self,
-        rows: np.ndarray,
-        draft_lengths: np.ndarray,
+        state: StepState,
+        plan: Plan,
         verdict: verify.Verdict,
         logprobs: Tensor,
         raw: Tensor,
-        proposal: Proposal | None,
+        drafts: Drafts,
+        clock: _Clock,
     ) -> list[Sample]:
         """Bring the verdict to the host, once, and record it."""
+        rows, draft_lengths = state.slots, plan.draft_lengths
         tokens, emitted, accepted = (x.cpu().numpy() for x in verdict)
         host_logprobs = logprobs.cpu().numpy()
-        self._contain_nans(rows, host_logprobs)
+        self._contain_nans(rows, host_logprobs, emitted)
         appended = self.slots.append(rows, tokens, emitted, host_logprobs)
         ended, appended = appended < 0, np.abs(appended)
         self.table.record(
@@ -299,21 +405,34 @@ class TorchBackend:
         self.slots.spec[rows] += counted
         self.spec_counters += counted.sum(0)
         self.generated_tokens += int(appended.sum())
-        if proposal is not None:
-            tried = int(accepted.sum()) + int((accepted < draft_lengths).sum())
-            self.guard.observe(proposal, tried, int(accepted.sum()), self.weights.version)
+        if drafts.healthy is not None:
+            behind = np.where(plan.from_history < draft_lengths, accepted - plan.from_history, -1)
+            tried = int((behind >= 0).sum() - ((accepted == draft_lengths) & (behind >= 0)).sum())
+            hits = int(behind.clip(0).sum())
+            self.guard.observe(bool(drafts.healthy), tried + hits, hits, self.weights.version)
         self._record_versions(rows, appended)
-        self._record_top_logprobs(rows, appended, raw)
+        self._record_top_logprobs(rows, appended, raw, drafts)
         self._check_stop_strings(rows, appended, ended)
-        return self._finish(rows, ended)
+        if self.history is not None:
+            self.history.extend(rows, tokens, appended)
+        finished, done = self._finish(rows, ended)
+        draft_seconds, seconds = clock.read()
+        self.times.draft += draft_seconds
+        self.times.target += seconds - draft_seconds
+        outcome = StepOutcome(accepted, appended, done, draft_seconds, seconds - draft_seconds)
+        self.policy.observe(state, plan, outcome)
+        if self.recorder is not None:
+            self.recorder.step(state, plan, outcome)
+        return finished
 
-    def _contain_nans(self, rows: np.ndarray, logprobs: np.ndarray) -> None:
+    def _contain_nans(self, rows: np.ndarray, logprobs: np.ndarray, emitted: np.ndarray) -> None:
         """Where the policy itself gives NaN: say so once per version, and let no other sequence read it.
 
         Masked cache entries are read, too, with weight zero. The scratch block is zeroed now, the sequence's own
         blocks when it gives them up.
         """
-        broken = ~np.isfinite(logprobs[0]).all(1)
+        meant = np.arange(logprobs.shape[2]) < emitted[:, None]
+        broken = ~(np.isfinite(logprobs[0]) | ~meant).all(1)
         if not broken.any():
             return
         if self._nan_reported != self.weights.version:
@@ -325,8 +444,11 @@ class TorchBackend:
         self.slots.broken[rows[broken]] = True
         self.cache.wipe([self.cache.scratch_block])
 
-    def _on_release(self, slot: int, freed: list[int]) -> None:
+    def _on_release(self, slot: int, sample: Sample, freed: list[int]) -> None:
         self.table.release(slot)
+        self.policy.forget(np.array([slot]))
+        if self.history is not None:
+            self.history.finish(slot, keep=sample.finish_reason is not None)
         if self.slots.broken[slot]:
             self.cache.wipe(freed)
 
@@ -338,12 +460,18 @@ class TorchBackend:
             self._sample(slot).version_starts.append((start, version))
             self.slots.version[slot] = version
 
-    def _record_top_logprobs(self, rows: np.ndarray, appended: np.ndarray, raw: Tensor) -> None:
+    def _record_top_logprobs(
+        self, rows: np.ndarray, appended: np.ndarray, raw: Tensor, drafts: Drafts
+    ) -> None:
         wanting = np.nonzero(self.slots.top_logprobs[rows])[0].tolist()
         if not wanting:
             return
         most = max(self._sample(rows[row]).params.logprobs or 0 for row in wanting)
-        values, ids = top_logprobs(raw[wanting], min(most, self.spec.vocab_size))
+        if drafts.ragged is not None:
+            raw = raw.squeeze(1)[drafts.ragged.place[wanting]]
+        else:
+            raw = raw[wanting]
+        values, ids = top_logprobs(raw, min(most, self.spec.vocab_size))
         for row, row_values, row_ids in zip(wanting, values.tolist(), ids.tolist(), strict=True):
             sample = self._sample(rows[row])
             for step in range(appended[row]):
@@ -365,21 +493,24 @@ class TorchBackend:
                 self.slots.truncate(slot, int(self.slots.prompt_length[slot]) + count)
                 ended[row] = True
 
-    def _finish(self, rows: np.ndarray, ended: np.ndarray) -> list[Sample]:
+    def _finish(self, rows: np.ndarray, ended: np.ndarray) -> tuple[list[Sample], np.ndarray]:
+        """The samples that are done, and which of `rows` they were."""
         finished = []
         done = ended | (self.slots.length[rows] >= self.slots.limit[rows])
         for row in np.nonzero(done)[0].tolist():
-            sample = self._sample(rows[row])
-            last = int(self.slots.tokens[rows[row], self.slots.length[rows[row]] - 1])
-            self._release(int(rows[row]))
+            slot = int(rows[row])
+            sample = self._sample(slot)
+            last = int(self.slots.tokens[slot, self.slots.length[slot] - 1])
             sample.finish_reason = FinishReason.STOP if ended[row] else FinishReason.LENGTH
+            self._release(slot)
             if ended[row] and sample.stop_reason is None and last in sample.params.stop_token_ids:
                 sample.stop_reason = last
             self.guard.remember(np.concatenate((sample.prompt.tokens, sample.output)))
             finished.append(sample)
-        return finished
+        return finished, done
 
-    def _assign(self, sample: Sample) -> None:
+    def assign(self, sample: Sample) -> None:
+        """Tell sampling and history of a sample that was given a slot."""
         assert sample.slot is not None
         self.table.assign(
             sample.slot,
@@ -389,6 +520,8 @@ class TorchBackend:
             sample.end_tokens,
             sample.noise_key,
         )
+        if self.history is not None:
+            self.history.begin(sample.slot, sample.prompt.tokens, sample.output)
 
     def _release(self, slot: int) -> None:
         self.scheduler.release(slot)

@@ -98,19 +98,56 @@ class Runner:
             mask=causal_mask(device_positions, tables.shape[1] * self.cache.block_size),
         )
 
-    def forward(self, model: Decoder, block: Block, tokens: Tensor, first: int) -> Tensor:
-        """Logits `[B, n, padded_vocab]` (float32) of rows `first .. first + n` of `block`, fed `tokens [B, n]`."""
+    def forward(
+        self,
+        model: Decoder,
+        block: Block,
+        tokens: Tensor,
+        first: int | Tensor = 0,
+        *,
+        cells: Tensor | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (float32) of some rows of `block`.
+
+        Args:
+            model: The target, or a drafter that shares its cache.
+            block: The block; its first `n` sequences take part.
+            tokens: What the rows are fed `[n, c]`.
+            first: The rows are `first .. first + c`; `[n]` where that differs between sequences.
+            cells: For ragged rows, the flat places in the `[n, c]` grid that are computed `[R]`.
+            wanted: Of the computed rows, those whose logits are wanted; None: all.
+
+        Returns:
+            `[n, c, padded_vocab]`, or `[R, 1, padded_vocab]` with `cells` or `wanted`.
+        """
         batch, count = tokens.shape
-        span = slice(first, first + count)
-        rows = Rows(block.kv_rows[:, span].reshape(-1), block.tables, block.mask[:, span])
-        total = batch * count
-        ids, positions = tokens.reshape(-1), block.positions[:, span].reshape(-1)
-        if total < _MIN_ROWS and model is self.target:
-            pad = _MIN_ROWS - total
+        if isinstance(first, int):
+            span = slice(first, first + count)
+            positions, kv_rows, mask = (x[:batch, span] for x in (block.positions, block.kv_rows, block.mask))
+        else:
+            columns = first[:, None] + torch.arange(count, device=self.device)
+            columns = columns.clamp_max(block.shape[1] - 1)  # of cells that are not computed
+            positions = block.positions[:batch].gather(1, columns)
+            kv_rows, mask = (
+                x[:batch].take_along_dim(columns.unsqueeze(-1), 1) for x in (block.kv_rows, block.mask)
+            )
+        ids, positions, kv_rows = tokens.flatten(), positions.flatten(), kv_rows.flatten(0, 1)
+        if cells is not None:
+            ids, positions, kv_rows = ids[cells], positions[cells], kv_rows[cells]
+        rows, place = len(ids), cells
+        pad = _MIN_ROWS - rows
+        if pad > 0 and model is self.target:
             ids, positions = (torch.cat((x, x.new_zeros(pad))) for x in (ids, positions))
-            rows = Rows(torch.cat((rows.kv_rows, self._scratch_rows(pad))), rows.tables, rows.mask)
-        hidden = model.hidden(ids, positions, self._attention(model, rows))
-        return model.logits(hidden)[:total].view(batch, count, -1)
+            kv_rows = torch.cat((kv_rows.flatten(), self._scratch_rows(pad)))
+            if place is not None:
+                place = torch.cat((place, place.new_full((pad,), batch * count)))
+        attention = self._attention(model, Rows(kv_rows.flatten(), block.tables[:batch], mask, place))
+        hidden = model.hidden(ids, positions, attention)
+        if wanted is not None:
+            return model.logits(hidden[wanted])[:, None]
+        shape = (batch, count) if cells is None else (rows, 1)
+        return model.logits(hidden)[:rows].view(*shape, -1)
 
     def _ragged(
         self, model: Decoder, tokens: np.ndarray, positions: np.ndarray, valid: np.ndarray, tables: Tensor

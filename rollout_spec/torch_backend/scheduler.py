@@ -42,7 +42,7 @@ class Scheduler:
         pool: BlockPool,
         chunk: int,
         copy_block: Callable[[int, int], None],
-        on_release: Callable[[int, list[int]], None],
+        on_release: Callable[[int, Sample, list[int]], None],
     ) -> None:
         self.slots, self.pool, self.chunk = slots, pool, chunk
         self.waiting: deque[Sample] = deque()
@@ -83,6 +83,10 @@ class Scheduler:
             admitted.append(sample)
         self.waiting.extendleft(reversed(passed))
         return admitted
+
+    def adopt(self, sample: Sample, blocks: list[int]) -> None:
+        """Let in a sample whose cache entries are in `blocks` already; there must be a free slot."""
+        self.running.append(self.slots.occupy(sample, blocks, sample.length - 1))
 
     def prefills(self) -> list[PrefillChunk]:
         """Prompt (or recomputed) tokens for this step, at most `chunk` in all."""
@@ -151,7 +155,7 @@ class Scheduler:
         """Take a finished, aborted or preempted sample out of its slot."""
         sample, blocks = self.slots.vacate(slot)
         self.running.remove(slot)
-        self._on_release(slot, self.pool.free(blocks))
+        self._on_release(slot, sample, self.pool.free(blocks))
         if sample.prompt.leader is sample:
             sample.prompt.leader = None
         return sample

@@ -22,6 +22,7 @@ from rollout_spec.models.rope import RotaryTable
 from rollout_spec.models.spec import ModelSpec
 from rollout_spec.models.weights import WeightAssembler, realize, weights_from_slots
 
+_TYPICAL_LENGTH = 4  # draft tokens, where the policy decides
 _TYPICAL_BATCH = 4  # live sequences in the tail of a rollout, for which `auto` picks the kind of drafter
 
 
@@ -170,9 +171,10 @@ def _make_drafter(
 ) -> Drafter | None:
     kind = speculation.drafter
     if kind == "auto":
-        rows = (_TYPICAL_BATCH, _TYPICAL_BATCH * (speculation.draft_length + 1))
+        draft_length = speculation.draft_length or _TYPICAL_LENGTH
+        rows = (_TYPICAL_BATCH, _TYPICAL_BATCH * (draft_length + 1))
         timings = time_quantizers(linear_shapes(spec), device, dtype, rows)
-        kind = choose(timings, speculation.draft_length).name
+        kind = choose(timings, draft_length).name
     if kind == "none":
         return None
     quantizer = get_quantizer(kind, device, dtype)

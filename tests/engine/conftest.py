@@ -45,7 +45,7 @@ def make_engine(model):
     def make(policy=None, speculation="nf4", version=0, **options):
         if isinstance(speculation, str):
             speculation = {"drafter": speculation}
-        speculation = {"canary_min_acceptance": 0.0} | speculation
+        speculation = {"canary_min_acceptance": 0.0, "draft_length": 4} | speculation
         options = {"dtype": "float32", "block_size": 16, "max_num_seqs": 32} | options
         return RolloutEngine.from_model(
             policy if policy is not None else model, speculation=speculation, tokenizer=CharTokenizer(), version=version,

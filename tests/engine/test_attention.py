@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rollout_spec import SamplingParams
-from rollout_spec.policy.draft_length import RandomDraftLength
+from rollout_spec.policy.baselines import RandomLengths
 from rollout_spec.torch_backend.attention import PagedAttention, Rows, causal_mask, padded_blocks
 from rollout_spec.torch_backend.kv_cache import KVCache
 
@@ -259,7 +259,7 @@ def test_what_a_drafter_writes_into_the_cache_reaches_no_output(
     engine = make_engine(
         speculation={"drafter": "nf4", "verifier": verifier, "canary": False}, max_num_seqs=4, version=1
     )
-    engine.backend.policy = RandomDraftLength(1, longest=6, off=0)
+    engine.backend.policy = RandomLengths(1, longest=6, off=0)
     corrupt(engine, junk)
     if raises:
         raise_after_writing(engine, monkeypatch)

@@ -9,7 +9,7 @@ import torch
 
 from rollout_spec import SamplingParams
 from rollout_spec.contracts import FinishReason
-from rollout_spec.policy.draft_length import FixedDraftLength, RandomDraftLength
+from rollout_spec.policy.baselines import Off, RandomLengths
 
 EOS = 1
 
@@ -144,7 +144,7 @@ def test_counts_and_stats_add_up(engine, prompts):
     assert 1 < stats.spec.tau < 5 and 0 < stats.spec.acceptance < 1
     assert stats.live == stats.waiting == 0 and stats.kv_tokens_free == stats.kv_tokens
     assert stats.times.draft > 0 and stats.times.target > 0 and stats.times.prefill > 0
-    engine.backend.policy = FixedDraftLength(0)
+    engine.backend.policy = Off()
     (plain,) = engine.generate(prompts[:1], SamplingParams(max_tokens=8, ignore_eos=True))
     assert plain.spec.plain_steps == 8 and math.isnan(plain.spec.tau) and math.isnan(plain.spec.acceptance)
 
@@ -173,7 +173,7 @@ def test_speculation_batching_memory_and_chunks_do_not_change_a_token(make_engin
     }
     for name, engine in engines.items():
         assert tokens(engine.generate(prompts, params, n=4, request_ids=ids)) == reference, name
-        engine.backend.policy = RandomDraftLength(seed=3)
+        engine.backend.policy = RandomLengths(seed=3)
         assert tokens(engine.generate(prompts, params, n=4, request_ids=ids)) == reference, (
             f"{name}, K at random"
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rollout_spec import SamplingParams
-from rollout_spec.policy.draft_length import FixedDraftLength, RandomDraftLength
+from rollout_spec.policy.baselines import Fixed, RandomLengths
 from rollout_spec.torch_backend.runner import Runner
 from rollout_spec.torch_backend.scheduler import Scheduler
 
@@ -141,7 +141,7 @@ def plain(make_engine):
 def drive(engine, seed, calls=4):
     """Groups come, are decoded with random K, some are aborted, until all are done; returns what finished."""
     rng = np.random.default_rng(seed)
-    engine.backend.policy = RandomDraftLength(seed, longest=9)
+    engine.backend.policy = RandomLengths(seed, longest=9)
     asked = {}
     for call in range(calls):
         prompts = random_prompts(rng, 3)
@@ -266,7 +266,7 @@ def test_a_group_prefills_its_prompt_once_and_shares_its_blocks(make_engine, pla
     watch = Watch(engine)
     ids = [f"sibling {row}" for row in range(n)] if apart else ["group"]
     params = SamplingParams(n=1 if apart else n, max_tokens=20, ignore_eos=True)
-    engine.backend.policy = FixedDraftLength(1)
+    engine.backend.policy = Fixed(1)
     samples = submit(engine, [prompt] * len(ids), params, ids)
     while len(engine.backend.scheduler.running) < n:
         engine._advance()
@@ -369,7 +369,7 @@ def test_an_error_in_a_step_gives_everything_back(make_engine, monkeypatch, prom
     before = engine.generate(prompts, SamplingParams(max_tokens=9), request_ids=list("abcdef"))
     for owner, name in ((engine.backend.runner, "prefill"), (engine.backend.runner, "forward")):
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, lambda *arguments: 1 / 0)
+            patch.setattr(owner, name, lambda *arguments, **options: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 engine.generate(prompts, SamplingParams(n=2, max_tokens=9), request_ids=list("abcdef"))
         everything_is_free(engine)

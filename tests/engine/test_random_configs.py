@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rollout_spec import SamplingParams
 from rollout_spec.contracts import FinishReason, InvalidRequest
-from rollout_spec.policy.draft_length import FixedDraftLength, RandomDraftLength
+from rollout_spec.policy.baselines import Fixed, Off, RandomLengths
 
 from .conftest import EOS, VOCAB, CharTokenizer
 
@@ -197,9 +197,10 @@ def test_random_calls(engines, call, verifier, shape, policy, compare):
     made, plain = engines
     engine = made[verifier, shape]
     backend = engine.backend
-    backend.policy = (
-        RandomDraftLength(len(prompts), longest=12) if policy == "random" else FixedDraftLength(policy)
-    )
+    if policy == "random":
+        backend.policy = RandomLengths(len(prompts), longest=12)
+    else:
+        backend.policy = Fixed(policy) if policy else Off()
     before = engine.stats()
 
     def run(engine):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rollout_spec import RolloutEngine, SamplingParams
-from rollout_spec.policy.draft_length import FixedDraftLength, RandomDraftLength
+from rollout_spec.policy.baselines import Fixed, Off, RandomLengths
 
 ARITHMETIC = Path(__file__).parents[2] / "examples" / "arithmetic"
 sys.path.insert(0, str(ARITHMETIC))  # problems.py
@@ -16,22 +16,22 @@ REQUESTS, SEEDS = 64, range(8)
 LEAST_TOKENS = 50_000
 
 
-class TogglingDraftLength(FixedDraftLength):
+class TogglingDraftLength(Fixed):
     """Speculation switched on and off at random, for the whole batch, between steps."""
 
     def __init__(self, draft_length, seed):
         super().__init__(draft_length)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def draft_lengths(self, lengths, remaining):
+    def plan(self, state):
         on = torch.rand((), generator=self.generator).item() < 0.5
-        return super().draft_lengths(lengths, remaining) * on
+        return super().plan(state) if on else Off().plan(state)
 
 
 MODES = {
-    "on": lambda: FixedDraftLength(4),
+    "on": lambda: Fixed(4),
     "toggled at random": lambda: TogglingDraftLength(4, seed=1),
-    "K at random": lambda: RandomDraftLength(seed=2, longest=8, off=0.0),
+    "K at random": lambda: RandomLengths(seed=2, longest=8, off=0.0),
 }
 
 
@@ -59,7 +59,7 @@ def rollouts(engine, policy, temperature, seeds):
 def test_identical_with_speculation_on_off_toggled_and_any_k(dtype):
     engine = engine_for(dtype)
     assert engine.stats().exactness == "E2"
-    plain = rollouts(engine, FixedDraftLength(0), 1.0, SEEDS)
+    plain = rollouts(engine, Off(), 1.0, SEEDS)
     assert engine.stats().spec.drafted == 0
     compared = 0
     for name, make_policy in MODES.items():
@@ -77,7 +77,7 @@ def test_identical_with_speculation_on_off_toggled_and_any_k(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_greedy_is_identical_too(dtype):
     engine = engine_for(dtype)
-    plain = rollouts(engine, FixedDraftLength(0), 0.0, [0])
+    plain = rollouts(engine, Off(), 0.0, [0])
     for name, make_policy in MODES.items():
         assert rollouts(engine, make_policy(), 0.0, [0]) == plain, name
 
@@ -87,14 +87,14 @@ def test_a_shifted_noise_position_is_caught(monkeypatch):
     from rollout_spec.torch_backend import backend
 
     engine = engine_for("float32")
-    plain = rollouts(engine, FixedDraftLength(0), 1.0, [0])
+    plain = rollouts(engine, Off(), 1.0, [0])
     row_keys = backend.row_keys
 
     def shifted(base, version, position):
         return row_keys(base, version, position + (position.shape[1] > 1))
 
     monkeypatch.setattr(backend, "row_keys", shifted)
-    assert rollouts(engine, FixedDraftLength(4), 1.0, [0]) != plain
+    assert rollouts(engine, Fixed(4), 1.0, [0]) != plain
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.0)])

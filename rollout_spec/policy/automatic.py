@@ -1,0 +1,327 @@
+"""The automatic policy: before every pass, who drafts and how far ahead, or nobody.
+
+Value. A token of sequence i is worth w_i, with sum w_i = 1. For the least makespan, w_i follows from how the time
+of plain decoding until the last sequence ends depends on the tokens i has to come: with a plain pass of
+t(B) = t0 + t1 * B it is t0 * P(i ends last) + t1, over t(B). For the most tokens per second, w_i = 1/B. A plain
+pass is then worth 1, a pass with draft lengths K_i is worth V = sum w_i * tau_i, and its gain is
+
+    gain = V / T(K)  *  t(B)
+
+the speed over plain decoding. The policy takes the candidate of largest gain, if that exceeds what runs now by
+the margin.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from rollout_spec.policy.acceptance import AcceptanceTracker
+from rollout_spec.policy.arbiter import Arbiter
+from rollout_spec.policy.cost_model import TARGET, CostModel
+from rollout_spec.policy.lengths import RemainingLength
+from rollout_spec.policy.online_costs import OnlineCosts
+from rollout_spec.policy.records import HISTORY, Plan, Reason, StepOutcome, StepState
+
+_PLAIN = "plain"
+_WEIGHTS_EVERY = 16  # passes between looks at who will be the straggler
+_KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
+_FADE_EVERY, _FADE = (
+    64,
+    0.9,
+)  # passes after which what was learnt of an idle drafter loses a tenth of its weight
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    arm: str
+    drafter: str | None
+    draft_lengths: np.ndarray
+    from_history: np.ndarray
+    gain: float
+    seconds: float
+
+
+class AutomaticPolicy:
+    """Decides from measured costs and observed acceptance.
+
+    Args:
+        cost_model: Costs of this machine and model, from calibration.
+        objective: `makespan` (the batch is done soonest) or `throughput` (most tokens per second now).
+        longest: Largest draft length considered.
+        margin: Predicted gain over what runs now that a switch must promise, e.g. 0.02.
+        probe_share: Share of the passes that would speculate and are run plainly instead, at random, to measure
+            the time really saved.
+        explore_share: Largest share of the time that exploration may be predicted to cost.
+        ragged: Whether K may differ between sequences of one pass.
+        seed: Of the probes.
+    """
+
+    def __init__(
+        self,
+        cost_model: CostModel,
+        *,
+        objective: str = "makespan",
+        longest: int = 16,
+        margin: float = 0.02,
+        probe_share: float = 0.005,
+        explore_share: float = 0.01,
+        ragged: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.costs = OnlineCosts(cost_model)
+        self.objective, self.longest, self.margin, self.ragged = objective, longest, margin, ragged
+        self.probe_share = probe_share
+        self.lengths = RemainingLength()
+        names = [name for name in cost_model.passes if name != TARGET]
+        arms = [_PLAIN, HISTORY, *names, *(f"{HISTORY}+{name}" for name in names)]
+        self.arbiter = Arbiter(arms, explore_share=explore_share)
+        self.acceptance = {
+            name: AcceptanceTracker(longest, prior=0.5 if name == HISTORY else 0.8)
+            for name in [HISTORY, *names]
+        }
+        self._rng = np.random.default_rng(seed)
+        self._mode = _PLAIN
+        self._weights = np.zeros(0)
+        self._weighed: tuple[np.ndarray, int] = (np.zeros(0, np.int64), 0)
+        self._passes = 0
+        self._predicted: tuple[str, float, float] | None = None
+        self._depth = np.arange(1, longest + 1)
+
+    # --- deciding --------------------------------------------------------------------------------------
+
+    def plan(self, state: StepState) -> Plan:
+        batch = len(state.slots)
+        self._passes += 1
+        self._predicted = None
+        if self._passes % _FADE_EVERY == 0:
+            self._fade()
+        room = np.minimum(state.allowed - 1, self.longest)
+        if not room.any():
+            return Plan.plain(batch, Reason.LAST_TOKEN)
+        matches = state.matches if state.matches is not None and state.matches.lengths.any() else None
+        drafters = [name for name in state.drafters if name in self.acceptance]
+        if not drafters and matches is None:
+            self._mode = _PLAIN
+            return Plan.plain(batch, Reason.NO_DRAFTER)
+        context = int(state.lengths.sum())
+        plain_seconds = self.costs.target(batch, batch, context)
+        if not 0 < plain_seconds < math.inf:
+            self._mode = _PLAIN
+            return Plan.plain(batch, Reason.BAD_COST)
+
+        weights = self._value_of_tokens(state, context, plain_seconds)
+        round = _Round(self, state, weights, room, context, plain_seconds)
+        candidates = {}
+        if matches is not None:
+            candidates[HISTORY] = round.history()
+        for name in drafters:
+            candidates[name] = round.drafted(name, None)
+            if matches is not None:
+                combined = round.drafted(name, candidates[HISTORY])
+                candidates[combined.arm] = combined
+        return self._settle(candidates, batch, plain_seconds)
+
+    def _settle(self, candidates: dict[str, _Candidate], batch: int, plain_seconds: float) -> Plan:
+        usable = {arm: c for arm, c in candidates.items() if math.isfinite(c.gain) and c.gain > 0}
+        if not usable:
+            self._mode = _PLAIN
+            return Plan.plain(batch, Reason.BAD_COST, plain_seconds)
+        gains = {arm: c.gain * self.arbiter.correction(arm, batch) for arm, c in usable.items()}
+        gains[_PLAIN] = 1.0
+        best = self._with_hysteresis(gains)
+        reason = Reason.STILL_PAYS if best == self._mode else Reason.PAYS
+        self._mode = best
+        arm = self.arbiter.explore(gains, best, batch, plain_seconds)
+        if arm is None:
+            arm = best
+        else:
+            reason = Reason.EXPLORE
+        if arm == _PLAIN:
+            return Plan.plain(batch, Reason.NOT_WORTH, plain_seconds)
+        if self._rng.random() < self.probe_share:
+            return Plan.plain(batch, Reason.PROBE, plain_seconds)
+        chosen = usable[arm]
+        self._predicted = (arm, chosen.gain, plain_seconds)
+        return Plan(
+            chosen.draft_lengths, chosen.from_history, chosen.drafter, reason, gains[arm], chosen.seconds
+        )
+
+    def _with_hysteresis(self, gains: dict[str, float]) -> str:
+        """A switch must promise the margin, except the one to plain decoding, taken as soon as drafting would lose."""
+        running = self._mode if self._mode in gains else _PLAIN
+        best = max(gains, key=gains.__getitem__)
+        if best != _PLAIN and gains[best] <= gains[running] * (1 + self.margin):
+            return running if gains[running] >= 1 else _PLAIN
+        return best
+
+    def _value_of_tokens(self, state: StepState, context: int, plain_seconds: float) -> np.ndarray:
+        batch = len(state.slots)
+        if self.objective == "throughput" or state.waiting or batch == 1:
+            self._weights = np.full(batch, 1 / batch)
+            self._weighed = (np.zeros(0, np.int64), 0)
+            return self._weights
+        slots, when = self._weighed
+        if self._passes - when >= _WEIGHTS_EVERY or not np.array_equal(slots, state.slots):
+            alone = self.costs.target(1, 1, context // batch)
+            marginal = max(plain_seconds - alone, 0.0) / (batch - 1)
+            fixed = max(plain_seconds - batch * marginal, 0.0)
+            last = self.lengths.last_to_finish(state.outputs, state.allowed)
+            weights = fixed * last + marginal
+            self._weights = weights / weights.sum()
+            self._weighed = (state.slots, self._passes)
+        return self._weights
+
+    # --- learning --------------------------------------------------------------------------------------
+
+    def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
+        batch, rows = len(state.slots), len(state.slots) + int(plan.draft_lengths.sum())
+        context = int(state.lengths.sum())
+        self.costs.observe(
+            TARGET, rows, self.costs.model.target(batch, rows, context), outcome.target_seconds
+        )
+        if plan.speculates:
+            own = plan.draft_lengths - plan.from_history
+            if plan.drafter is not None:
+                expected = self.costs.drafting(plan.drafter, context, own, plan.from_history)
+                self.costs.observe(plan.drafter, batch, expected, outcome.draft_seconds)
+            self._learn_acceptance(state, plan, outcome, own)
+            if self._predicted is not None and outcome.seconds > 0:
+                arm, predicted, plain_seconds = self._predicted
+                worth = float(self._weights @ np.minimum(outcome.accepted + 1, state.allowed))
+                self.arbiter.observe(arm, batch, predicted, worth * plain_seconds / outcome.seconds)
+        if outcome.finished.any():
+            gone = state.slots[outcome.finished]
+            self.lengths.observe((state.outputs + outcome.emitted)[outcome.finished])
+            self.forget(gone)
+
+    def _learn_acceptance(self, state: StepState, plan: Plan, outcome: StepOutcome, own: np.ndarray) -> None:
+        history = plan.from_history
+        if history.any():
+            self.acceptance[HISTORY].observe(state.slots, history, np.minimum(outcome.accepted, history))
+        if plan.drafter is not None:
+            reached = outcome.accepted >= history
+            drafted = np.where(reached, own, 0)
+            self.acceptance[plan.drafter].observe(
+                state.slots, drafted, np.where(reached, outcome.accepted - history, 0)
+            )
+
+    def after_update(self) -> None:
+        for name, tracker in self.acceptance.items():
+            tracker.discount(1.0 if name == HISTORY else _KEPT_BY_UPDATE)
+        self.arbiter.discount(_KEPT_BY_UPDATE)
+
+    def _fade(self) -> None:
+        """A drafter that is not used is known less and less, so that it is tried again: no verdict is for ever."""
+        for name, tracker in self.acceptance.items():
+            if name not in self._mode.split("+"):
+                tracker.discount(_FADE)
+
+    def forget(self, slots: np.ndarray) -> None:
+        for tracker in self.acceptance.values():
+            tracker.forget(slots)
+
+
+class _Round:
+    """Evaluates candidates for one pass."""
+
+    def __init__(
+        self,
+        policy: AutomaticPolicy,
+        state: StepState,
+        weights: np.ndarray,
+        room: np.ndarray,
+        context: int,
+        plain_seconds: float,
+    ) -> None:
+        self.policy, self.state, self.weights, self.room = policy, state, weights, room
+        self.batch, self.context, self.plain_seconds = len(weights), context, plain_seconds
+        self.zeros = np.zeros(self.batch, np.int64)
+
+    def history(self) -> _Candidate:
+        """History alone: no cost but the rows to verify."""
+        matches, depth = self.state.matches, self.policy._depth
+        assert matches is not None
+        limit = np.minimum(matches.lengths, self.room)
+        alive = np.power.outer(np.minimum(matches.confidence, 0.999), depth.astype(float).tolist())
+        lengths, gain, seconds = self._best(alive, limit, None, self.zeros, 1.0)
+        return _Candidate(HISTORY, None, lengths, lengths, gain, seconds)
+
+    def drafted(self, name: str, history: _Candidate | None) -> _Candidate:
+        """A drafter with weights, behind what history proposes if that is given."""
+        alive = self.policy.acceptance[name].survival(self.state.slots)
+        if history is None:
+            lengths, gain, seconds = self._best(alive, self.room, name, self.zeros, 1.0)
+            return _Candidate(name, name, lengths, self.zeros, gain, seconds)
+        before, matches = history.draft_lengths, self.state.matches
+        assert matches is not None
+        confidence = np.minimum(matches.confidence, 0.999)
+        reached = confidence**before
+        certain = np.where(before > 0, confidence * (1 - reached) / (1 - confidence), 0.0)
+        worth = 1.0 + float(self.weights @ certain)
+        own, gain, seconds = self._best(alive * reached[:, None], self.room - before, name, before, worth)
+        return _Candidate(f"{HISTORY}+{name}", name, before + own, before, gain, seconds)
+
+    def _best(
+        self, alive: np.ndarray, limit: np.ndarray, drafter: str | None, before: np.ndarray, worth: float
+    ) -> tuple[np.ndarray, float, float]:
+        """Draft lengths of the largest gain.
+
+        Args:
+            alive: P(tokens 1..j accepted), float64 [B, longest], falling in j.
+            limit: Most tokens per sequence, int64 [B].
+            drafter: Who drafts them, or None where drafting is free.
+            before: Tokens drafted ahead of these, int64 [B].
+            worth: Value of the pass without these tokens.
+        """
+        value = self.weights[:, None] * np.where(self.policy._depth <= limit[:, None], alive, 0.0)
+        wanted = value > 0
+        depth, gain, seconds = self._deepest(value, wanted, drafter, before, worth)
+        if self.policy.ragged and self.batch > 1 and depth:
+            price = self._price(drafter) * gain / self.plain_seconds
+            kept = value > price
+            ragged = self._deepest(np.where(kept, value, 0.0), kept, drafter, before, worth)
+            if ragged[1] > gain:
+                wanted, (depth, gain, seconds) = kept, ragged
+        return wanted[:, :depth].sum(1), gain, seconds
+
+    def _price(self, drafter: str | None) -> float:
+        """Seconds that one more token of one sequence costs: a row to verify, a sequence in a draft step."""
+        costs, batch, context = self.policy.costs, self.batch, self.context
+        row = costs.target(batch, 4 * batch, context) - costs.target(batch, 2 * batch, context)
+        price = row / (2 * batch)
+        if drafter is not None:
+            half = max(batch // 2, 1)
+            price += (
+                costs.draft(drafter, batch, context) - costs.draft(drafter, half, context * half // batch)
+            ) / max(batch - half, 1)
+        return price
+
+    def _deepest(
+        self, value: np.ndarray, wanted: np.ndarray, drafter: str | None, before: np.ndarray, worth: float
+    ) -> tuple[int, float, float]:
+        """The depth at which to stop, its gain and its time; `wanted [B, longest]` are the tokens on offer."""
+        costs, batch = self.policy.costs, self.batch
+        active = wanted.sum(0).tolist()
+        gains = value.sum(0).tolist()
+        rows = batch + int(before.sum())
+        share = self.context / batch
+        drafting = costs.catching_up(drafter, batch, int(before.sum())) if drafter is not None else 0.0
+        seconds = costs.target(batch, rows, self.context)
+        best = (0, worth * self.plain_seconds / seconds, seconds)
+        for depth, count in enumerate(active, 1):
+            if not count:
+                break
+            worth += gains[depth - 1]
+            rows += count
+            if drafter is not None:
+                drafting += costs.draft(drafter, count, int(share * count))
+            seconds = drafting + costs.target(batch, rows, self.context)
+            gain = worth * self.plain_seconds / seconds
+            if gain > best[1]:
+                best = (depth, gain, seconds)
+            elif depth > best[0] + 2:
+                break
+        return best

@@ -1,0 +1,230 @@
+"""What passes between a speculation policy and whatever runs its plans: an engine, or the simulator.
+
+Every array is NumPy and has one entry per live sequence, in the order of `StepState.slots`. A policy never sees
+tokens, logits or a device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+
+HISTORY = "history"  # the drafter without weights: text seen before (n-gram and suffix matches)
+
+
+class Reason(str, Enum):
+    """Why a step runs as it does; one of these stands in every row of a trace."""
+
+    OFF = "off"  # speculation is switched off
+    NO_DRAFTER = "no-drafter"  # no drafter is usable
+    LAST_TOKEN = "last-token"  # nobody may emit more than one more token
+    FIXED = "fixed"  # a fixed rule said so (baselines)
+    PAYS = "pays"  # predicted to be faster than plain decoding by more than the margin
+    STILL_PAYS = "still-pays"  # on already, and not predicted to be slower
+    NOT_WORTH = "not-worth"  # no candidate is predicted to be faster by more than the margin
+    EXPLORE = "explore"  # tried although not predicted best, within the exploration budget
+    PROBE = "probe"  # a randomized plain step, to know the time really saved
+    BAD_COST = "bad-cost"  # the cost model answers zero, infinity or NaN: decode plainly
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What history proposes for each live sequence.
+
+    Attributes:
+        lengths: Tokens it could propose, int64 [B]; 0 where nothing matches.
+        confidence: Expected acceptance of each of them given the ones before, float64 [B], in [0, 1].
+    """
+
+    lengths: np.ndarray
+    confidence: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What is live before one decode pass.
+
+    Attributes:
+        slots: int64 [B], distinct; the same number means the same sequence from one step to the next, until it
+            is reported finished.
+        lengths: int64 [B], tokens known, prompt included: what attention reads.
+        outputs: int64 [B], output tokens so far.
+        allowed: int64 [B], output tokens still allowed, at least 1.
+        drafters: Names of the drafters with weights that are usable now, in order of preference.
+        matches: What history proposes, or None if there is no history.
+        waiting: Sequences that wait for a slot or for memory.
+    """
+
+    slots: np.ndarray
+    lengths: np.ndarray
+    outputs: np.ndarray
+    allowed: np.ndarray
+    drafters: tuple[str, ...] = ()
+    matches: Matches | None = None
+    waiting: int = 0
+
+    def take(self, index: np.ndarray) -> StepState:
+        """The same for some of the sequences, in the order of `index`."""
+        matches = self.matches
+        if matches is not None:
+            matches = Matches(matches.lengths[index], matches.confidence[index])
+        arrays = (self.slots[index], self.lengths[index], self.outputs[index], self.allowed[index])
+        return StepState(*arrays, self.drafters, matches, self.waiting)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to run one decode pass.
+
+    The first `from_history[b]` of the `draft_lengths[b]` draft tokens of sequence b are history's, the others
+    are drafted by `drafter`.
+
+    Attributes:
+        draft_lengths: K of every sequence, int64 [B], at least 0 and below `StepState.allowed`. All 0: plain
+            decoding, and no drafter runs.
+        from_history: int64 [B], at most `draft_lengths`.
+        drafter: Name of the drafter with weights, or None if history drafts alone or nobody drafts.
+        reason: Why.
+        gain: Predicted speed over plain decoding (1.0 for plain; NaN where nothing was predicted).
+        seconds: Predicted time of the pass (NaN where nothing was predicted).
+    """
+
+    draft_lengths: np.ndarray
+    from_history: np.ndarray
+    drafter: str | None
+    reason: Reason
+    gain: float = float("nan")
+    seconds: float = float("nan")
+
+    @classmethod
+    def plain(cls, batch: int, reason: Reason, seconds: float = float("nan")) -> Plan:
+        """Decode one token of each of `batch` sequences."""
+        zeros = np.zeros(batch, np.int64)
+        return cls(zeros, zeros, None, reason, 1.0, seconds)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether anything is drafted."""
+        return bool(self.draft_lengths.any())
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a pass did.
+
+    Attributes:
+        accepted: Draft tokens accepted, int64 [B].
+        emitted: Tokens appended, int64 [B]: at most accepted + 1, fewer where the sequence ended inside.
+        finished: Sequences that ended in this pass, bool [B].
+        draft_seconds: Time spent drafting, 0 in a plain pass.
+        target_seconds: The rest of the pass: the target, sampling, bookkeeping.
+    """
+
+    accepted: np.ndarray
+    emitted: np.ndarray
+    finished: np.ndarray
+    draft_seconds: float
+    target_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.draft_seconds + self.target_seconds
+
+
+class SpeculationPolicy(Protocol):
+    """Decides before every decode pass, and learns from what came of it."""
+
+    def plan(self, state: StepState) -> Plan:
+        """The plan of the next pass. The runner may have to shorten drafts for lack of memory; it says so to
+        `observe` by passing the plan it carried out."""
+
+    def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
+        """Learn from a pass that was carried out."""
+
+    def after_update(self) -> None:
+        """The weights have changed: what was learnt about acceptance is older now."""
+
+    def forget(self, slots: np.ndarray) -> None:
+        """These sequences left unfinished (aborted or preempted); their slots may be used again."""
+
+
+@dataclass(frozen=True)
+class PassTiming:
+    """One measured pass, for fitting a cost model.
+
+    Attributes:
+        kind: `target`, or a drafter's name.
+        batch: Sequences, B.
+        rows: Token rows computed: B in a plain pass or one drafter step, B + sum of K in a verify pass.
+        kv_tokens: Context tokens of all sequences together.
+        seconds: Duration. For a drafter: of one of its steps.
+    """
+
+    kind: str
+    batch: int
+    rows: int
+    kv_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TraceStep:
+    """One decode pass, as recorded in a trace.
+
+    Attributes:
+        step: Count of passes, from 0.
+        time: Seconds since the trace began, at the start of the pass.
+        batch, kv_tokens: Live sequences, and their context tokens together.
+        mode: `plain`, `history`, a drafter's name, or `history+<name>`.
+        drafted, accepted, emitted: Tokens, over the batch.
+        longest: Largest K of the batch.
+        draft_seconds, target_seconds: As in `StepOutcome`.
+        reason, gain: As in `Plan`.
+    """
+
+    step: int
+    time: float
+    batch: int
+    kv_tokens: int
+    mode: str
+    drafted: int
+    accepted: int
+    emitted: int
+    longest: int
+    draft_seconds: float
+    target_seconds: float
+    reason: str
+    gain: float
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """One finished sample, as recorded in a trace.
+
+    Attributes:
+        request: Its id and index, as `id/index`.
+        prompt_tokens, output_tokens: Lengths.
+        started, finished: Seconds since the trace began.
+        drafted, accepted: Draft tokens proposed and accepted.
+    """
+
+    request: str
+    prompt_tokens: int
+    output_tokens: int
+    started: float
+    finished: float
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recorded rollout. `about` holds machine, versions, model, seed and command."""
+
+    about: dict[str, object]
+    steps: tuple[TraceStep, ...]
+    requests: tuple[TraceRequest, ...] = ()
+    events: tuple[tuple[float, str], ...] = field(default=())  # (time, what happened), e.g. weight updates
