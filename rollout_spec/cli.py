@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": "Prove on your own model and machine that speculation changes nothing but time.",
     "demo": "Roll a policy out plainly and speculatively, live: the same tokens, in less time.",
     "bench": "Measure, in pairs, how much faster than what one would use otherwise.",
+    "calibrate": "Measure what passes of a model cost here, for the automatic policy.",
     "report": "Sum up and draw a recorded rollout: where its time went, and what speculation really saved.",
     "simulate": "Predict what a speculation policy would make of a rollout, without a model.",
 }

@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 COLUMNS = 1200
 WINDOWS = 80  # acceptance and throughput are taken over 1 / WINDOWS of the time shown
 LOG_FROM = 16  # largest batch from which the live batch is drawn on a logarithmic scale
-LABEL_ROWS, LABEL_LENGTH, LABEL_WIDTH = (
-    3,
-    40,
-    0.0062,
-)  # rows, characters, and width of one as a share of the axis
+LABEL_ROWS, LABEL_LENGTH = 3, 40
+LABEL_WIDTH = 0.0062  # of one character, as a share of the axis
 INK, MUTED, GRID, EVENT = "#22272e", "#6b7480", "#e3e7ec", "#b3261e"
 PLAIN_COLOUR, HISTORY_COLOUR = "#c3c9d1", "#e8a33d"
 DRAFTER_COLOURS, COMBINED_COLOURS = ("#3572c6", "#7fb0ea", "#1b3f73"), ("#7a3f9d", "#b68ad0", "#4a2063")
@@ -91,11 +88,11 @@ class Series:
 
         def extremes(values: np.ndarray, chosen: np.ndarray) -> _Extremes:
             """Of the chosen passes."""
-            busy = total(duration * chosen, within)
-            empty = (inside[:, 0] >= inside[:, 1]) | (busy <= 0)
             low, high = (np.where(chosen, values, no) for no in (np.inf, -np.inf))
             least = np.minimum.reduceat(np.append(low, np.inf), inside.ravel())[::2]
             largest = np.maximum.reduceat(np.append(high, -np.inf), inside.ravel())[::2]
+            busy = total(duration * chosen, within)
+            empty = (inside[:, 0] >= inside[:, 1]) | np.isinf(least) | (busy <= 1e-9 * window)
             mean = total(values * duration * chosen, within) / np.where(empty, 1.0, busy)
             found = (np.where(empty, np.nan, of) for of in (least, mean, largest))
             return tuple(found)  # type: ignore[return-value]
@@ -181,11 +178,12 @@ def _draw(figure: Figure, trace: Trace, summary: Summary) -> None:
     _band(batch, edges, series.batch, INK, bottom=0.8 if logarithmic else 0.0)
     if logarithmic:
         batch.set_yscale("log", base=2)
+        batch.yaxis.get_major_locator().set_params(numticks=12)
         batch.yaxis.set_major_formatter("{x:g}")
     batch.set_ylim(bottom=0.8 if logarithmic else 0.0)
     batch.set_ylabel("live batch B")
     _band(longest, edges, series.longest, DRAFTER_COLOURS[0])
-    longest.set_ylim(0, max(1.0, float(np.nanmax(series.longest[2]))) * 1.1)
+    longest.set_ylim(0, float(np.nanmax(series.longest[2], initial=1.0)) * 1.1)
     longest.set_ylabel("longest K")
     longest.yaxis.get_major_locator().set_params(integer=True)
     idle = np.isnan(series.batch[1])

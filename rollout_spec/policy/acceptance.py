@@ -46,8 +46,8 @@ class AcceptanceTracker:
         self._grow(slots)
         tried, accepted = self._request[slots].T
         rejection = (tried - accepted + _REQUEST_PRIOR * self._expected) / (tried + _REQUEST_PRIOR)
-        hazard = np.multiply.outer(rejection / self._expected, self._rejection)
-        return np.minimum(1.0 - hazard, _MOST).clip(0.0).cumprod(1)
+        hazard = 1.0 - (rejection / self._expected)[:, None] * self._rejection
+        return np.maximum(np.minimum(hazard, _MOST, out=hazard), 0.0, out=hazard).cumprod(1)
 
     def observe(self, slots: np.ndarray, lengths: np.ndarray, accepted: np.ndarray) -> None:
         """Learn from verified drafts.

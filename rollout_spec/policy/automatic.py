@@ -28,6 +28,7 @@ from rollout_spec.policy.records import HISTORY, Plan, Reason, StepOutcome, Step
 _PLAIN = "plain"
 _WEIGHTS_EVERY = 16  # passes between looks at who will be the straggler
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
+_MOST = 0.999  # nothing is certain
 _FADE_EVERY, _FADE = (
     64,
     0.9,
@@ -88,7 +89,7 @@ class AutomaticPolicy:
         self._weighed: tuple[np.ndarray, int] = (np.zeros(0, np.int64), 0)
         self._passes = 0
         self._predicted: tuple[str, float, float] | None = None
-        self._depth = np.arange(1, longest + 1)
+        self.depth = np.arange(1, longest + 1)
 
     # --- deciding --------------------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ class AutomaticPolicy:
             candidates[HISTORY] = round.history()
         for name in drafters:
             candidates[name] = round.drafted(name, None)
-            if matches is not None:
+            if matches is not None and max(candidates[HISTORY].gain, candidates[name].gain) > 1:
                 combined = round.drafted(name, candidates[HISTORY])
                 candidates[combined.arm] = combined
         return self._settle(candidates, batch, plain_seconds)
@@ -242,10 +243,10 @@ class _Round:
 
     def history(self) -> _Candidate:
         """History alone: no cost but the rows to verify."""
-        matches, depth = self.state.matches, self.policy._depth
+        matches, depth = self.state.matches, self.policy.depth
         assert matches is not None
         limit = np.minimum(matches.lengths, self.room)
-        alive = np.power.outer(np.minimum(matches.confidence, 0.999), depth.astype(float).tolist())
+        alive = np.minimum(matches.confidence, _MOST)[:, None] ** depth
         lengths, gain, seconds = self._best(alive, limit, None, self.zeros, 1.0)
         return _Candidate(HISTORY, None, lengths, lengths, gain, seconds)
 
@@ -257,7 +258,7 @@ class _Round:
             return _Candidate(name, name, lengths, self.zeros, gain, seconds)
         before, matches = history.draft_lengths, self.state.matches
         assert matches is not None
-        confidence = np.minimum(matches.confidence, 0.999)
+        confidence = np.minimum(matches.confidence, _MOST)
         reached = confidence**before
         certain = np.where(before > 0, confidence * (1 - reached) / (1 - confidence), 0.0)
         worth = 1.0 + float(self.weights @ certain)
@@ -267,7 +268,9 @@ class _Round:
     def _best(
         self, alive: np.ndarray, limit: np.ndarray, drafter: str | None, before: np.ndarray, worth: float
     ) -> tuple[np.ndarray, float, float]:
-        """Draft lengths of the largest gain.
+        """Draft lengths of the largest gain, at least one token somewhere, the gain, and the time of the pass.
+
+        All sequences alike first; then without the tokens that are not worth what they cost at that gain.
 
         Args:
             alive: P(tokens 1..j accepted), float64 [B, longest], falling in j.
@@ -276,16 +279,22 @@ class _Round:
             before: Tokens drafted ahead of these, int64 [B].
             worth: Value of the pass without these tokens.
         """
-        value = self.weights[:, None] * np.where(self.policy._depth <= limit[:, None], alive, 0.0)
-        wanted = value > 0
-        depth, gain, seconds = self._deepest(value, wanted, drafter, before, worth)
-        if self.policy.ragged and self.batch > 1 and depth:
-            price = self._price(drafter) * gain / self.plain_seconds
-            kept = value > price
-            ragged = self._deepest(np.where(kept, value, 0.0), kept, drafter, before, worth)
-            if ragged[1] > gain:
-                wanted, (depth, gain, seconds) = kept, ragged
-        return wanted[:, :depth].sum(1), gain, seconds
+        active = [self.batch] * len(self.policy.depth)
+        if limit.min() < len(active):
+            inside = self.policy.depth <= limit[:, None]
+            alive, active = alive * inside, inside.sum(0).tolist()
+        depth, gain, seconds = self._deepest((self.weights @ alive).tolist(), active, drafter, before, worth)
+        lengths = np.minimum(limit, depth)
+        if self.policy.ragged and self.batch > 1:
+            price = self._price(drafter) * max(gain, 1.0) / self.plain_seconds
+            kept = alive > (price / self.weights)[:, None]
+            active = kept.sum(0).tolist()
+            if active[0]:
+                gains = (self.weights @ (alive * kept)).tolist()
+                depth, ragged_gain, ragged_seconds = self._deepest(gains, active, drafter, before, worth)
+                if ragged_gain > gain:
+                    return kept[:, :depth].sum(1), ragged_gain, ragged_seconds
+        return lengths, gain, seconds
 
     def _price(self, drafter: str | None) -> float:
         """Seconds that one more token of one sequence costs: a row to verify, a sequence in a draft step."""
@@ -300,28 +309,28 @@ class _Round:
         return price
 
     def _deepest(
-        self, value: np.ndarray, wanted: np.ndarray, drafter: str | None, before: np.ndarray, worth: float
+        self, gains: list[float], active: list[int], drafter: str | None, before: np.ndarray, worth: float
     ) -> tuple[int, float, float]:
-        """The depth at which to stop, its gain and its time; `wanted [B, longest]` are the tokens on offer."""
-        costs, batch = self.policy.costs, self.batch
-        active = wanted.sum(0).tolist()
-        gains = value.sum(0).tolist()
-        rows = batch + int(before.sum())
-        share = self.context / batch
-        drafting = costs.catching_up(drafter, batch, int(before.sum())) if drafter is not None else 0.0
-        seconds = costs.target(batch, rows, self.context)
-        best = (0, worth * self.plain_seconds / seconds, seconds)
-        for depth, count in enumerate(active, 1):
+        """The depth to stop at, at least 1, its gain and its time.
+
+        `gains` is what the tokens of each depth are worth together, `active` how many sequences draft there.
+        """
+        costs, batch, context = self.policy.costs, self.batch, self.context
+        history = int(before.sum())
+        rows, share = batch + history, context / batch
+        drafting = costs.catching_up(drafter, batch, history) if drafter is not None and history else 0.0
+        best = (0, 0.0, math.inf)
+        for depth, (value, count) in enumerate(zip(gains, active, strict=True), 1):
             if not count:
                 break
-            worth += gains[depth - 1]
+            worth += value
             rows += count
             if drafter is not None:
-                drafting += costs.draft(drafter, count, int(share * count))
-            seconds = drafting + costs.target(batch, rows, self.context)
+                drafting += costs.draft(drafter, count, share * count)
+            seconds = drafting + costs.target(batch, rows, context)
             gain = worth * self.plain_seconds / seconds
             if gain > best[1]:
                 best = (depth, gain, seconds)
-            elif depth > best[0] + 2:
+            elif depth > best[0] + 1:
                 break
         return best

@@ -27,7 +27,8 @@ class Calibration:
         key: What the costs depend on: machine, threads, model shape, dtype, drafters, versions.
         timings: Every measured pass.
         cost_model: Fitted to all of them.
-        held_out: Relative error of predicted times on configurations left out of the fit, by kind and `all`.
+        held_out: Relative error of predicted times on configurations left out of the fit, by kind and `overall`;
+            empty where a kind was measured in one configuration only.
         brief: Whether it was made in passing by an engine that found none.
     """
 
@@ -39,8 +40,11 @@ class Calibration:
 
     @classmethod
     def of(cls, key: Mapping[str, Any], timings: Sequence[PassTiming], *, brief: bool) -> Calibration:
-        """Fit the timings."""
-        return cls(key, tuple(timings), fit(timings), held_out_error(timings), brief)
+        """Fit the timings; ValueError if there are none."""
+        shapes = {(t.kind, t.batch, t.rows, t.kv_tokens) for t in timings}
+        kinds = [kind for kind, *_ in shapes]
+        enough = all(kinds.count(kind) > 1 for kind in kinds)
+        return cls(key, tuple(timings), fit(timings), held_out_error(timings) if enough else {}, brief)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` of them fits the same timings again."""

@@ -41,11 +41,14 @@ class Oracle:
         batch = len(requests)
         left = self.workload.outputs[requests] - state.outputs
         lengths, by_rank = self._drain(state, requests, left)
+        shared = lengths != left
         ties = (lengths.max() - lengths) // self.longest
         weights = _shared(by_rank[np.argsort(np.argsort(lengths, kind="stable"))], ties)
 
         def rate(tau: np.ndarray, seconds: np.ndarray) -> np.ndarray:
             """Makespan taken off per second, [C], by passes that emit `tau` [C, B] in `seconds` [C]."""
+            if shared.any():
+                tau[:, shared] = tau[:, shared].mean(axis=1, keepdims=True)
             return (by_rank @ np.sort(lengths) - np.sort(lengths - tau, axis=1) @ by_rank) / seconds
 
         plain_seconds = self.costs.target(batch, batch, int(state.lengths.sum()))
@@ -95,10 +98,10 @@ class Oracle:
     ) -> tuple[np.ndarray, np.ndarray]:
         """R [B], what waits for each slot included, and w [B] by rank in R."""
         arrived = int(np.searchsorted(self.workload.arrivals, self._clock, side="right"))
-        lengths = chains(left, self.workload.outputs[self._started : arrived])
+        lengths = pooled(left, self.workload.outputs[self._started : arrived])
         order = np.argsort(lengths, kind="stable")[::-1]  # the b longest are live together, for b = 1..B
         b = np.arange(1, len(left) + 1)
-        halfway = (lengths[order] + np.append(lengths[order][1:], 0)) / 2
+        halfway = (lengths[order] + np.append(lengths[order][1:], 0.0)) / 2
         context = np.cumsum(state.lengths[order]) + b * np.minimum(halfway, left[order])
         t = self.costs.target(b, b, context)
         K = np.arange(1, self.longest + 1)[:, None]
@@ -148,13 +151,16 @@ def _shared(values: np.ndarray, group: np.ndarray) -> np.ndarray:
     return (np.bincount(index, weights=values) / np.bincount(index))[index]
 
 
-def chains(left: np.ndarray, waiting: np.ndarray) -> np.ndarray:
-    """Tokens each slot still has to emit, int64 [B], if every waiting request takes the slot that is free first."""
+def pooled(left: np.ndarray, waiting: np.ndarray) -> np.ndarray:
+    """Remaining lengths [B] once what waits for a slot is poured over the sequences done first, as water finds its
+    level; float64 [B].
+
+    Whoever is done before the last of the waiting could be is at that level too: hurrying it makes room for others
+    and no more.
+    """
     if not len(waiting):
-        return left
-    free = [(tokens, slot) for slot, tokens in enumerate(left.tolist())]
-    heapq.heapify(free)
-    for tokens in waiting.tolist():
-        earliest, slot = free[0]
-        heapq.heapreplace(free, (earliest + tokens, slot))
-    return np.array([tokens for tokens, _ in sorted(free, key=lambda item: item[1])])
+        return left.astype(float)
+    ordered = np.sort(left).astype(float)
+    levels = (np.cumsum(ordered) + waiting.sum()) / np.arange(1, len(ordered) + 1)  # of the k shortest
+    level = levels[int(np.argmax(levels <= np.append(ordered[1:], np.inf)))]
+    return np.where(left <= level + waiting.max(), level, left)

@@ -165,7 +165,16 @@ class TorchBackend:
         self.calibration = calibration.cached(key)
         if self.calibration is None:
             began = time.perf_counter()
-            self.calibration = Calibration.of(key, measure(self, BRIEF), brief=True)
+            timings = measure(self, BRIEF)
+            if not timings:
+                logger.warning(
+                    "decoding plainly: max_model_len=%d and kv_cache_tokens=%d leave no room to measure what passes "
+                    "cost; raise them, or set speculation.draft_length",
+                    self.max_model_len,
+                    self.kv_tokens,
+                )
+                return
+            self.calibration = Calibration.of(key, timings, brief=True)
             calibration.write(self.calibration, calibration.cache_path(key))
             logger.info(
                 "calibrated briefly, in %.1f s: no calibration of this model on this machine was found; "

@@ -146,7 +146,7 @@ class _Schedule:
         self._drafter = drafters[0] if drafters else None
         self._lengths = [0, *(draft_lengths if drafters else ())] * _ROUNDS
         self._first = len(self._lengths) // _ROUNDS
-        self._next = 0
+        self._next = self._kv_tokens = 0
         self.timings: list[PassTiming] = []
 
     @property
@@ -164,7 +164,10 @@ class _Schedule:
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         if self.done:
             return
-        batch, kv_tokens = len(state.slots), int(state.lengths.sum())
+        batch = len(state.slots)
+        if not self._next:
+            self._kv_tokens = int(state.lengths.sum())  # it hardly grows while all this runs
+        kv_tokens = self._kv_tokens
         wanted, drafted = self._lengths[self._next], int(plan.draft_lengths.max())
         if self._next >= self._first and drafted == wanted:
             rows = batch + int(plan.draft_lengths.sum())

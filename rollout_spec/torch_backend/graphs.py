@@ -83,7 +83,7 @@ def block_fields(cache: KVCache, table_blocks: int) -> dict[str, Field]:
     return {
         "last_tokens": Field((), torch.int64),
         "draft_lengths": Field((), torch.int64),
-        "tables": Field((table_blocks,), torch.int64, pad=0),
+        "tables": Field((table_blocks,), torch.int64, pad=cache.scratch_block),
         "positions": Field((), torch.int64, per_row=True),
         "kv_rows": Field(kv_rows.shape, torch.int64, per_row=True, pad=kv_rows),
     }

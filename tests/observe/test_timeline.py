@@ -88,6 +88,16 @@ def test_columns_lose_nothing(passes: int, rounds: int) -> None:
     assert np.isnan(series.batch[1]).any() == (rounds > 1)
 
 
+def test_probes_leave_no_trace_in_the_draft_length() -> None:
+    """In columns shorter than a pass, and in a trace of nothing else."""
+    series = Series.of(drain(300).steps, columns=5000)
+    least, mean, largest = (of[~np.isnan(of)] for of in series.longest)
+    assert set(least) == set(largest) == {0.0, 3.0, 7.0}
+    assert (least <= mean + 1e-9).all() and (mean <= largest + 1e-9).all()
+    probe = TraceStep(0, 0.0, 1, 9, "plain", 0, 0, 1, 0, 0.0, 0.1, "probe", 1.0)
+    assert np.isnan(Series.of([probe]).longest).all()
+
+
 def test_rates_are_those_of_the_window() -> None:
     """Four tokens every tenth of a second, three of four drafts accepted, then plain and slower."""
     fast = [TraceStep(i, i / 10, 1, 9, "int4", 4, 3, 4, 4, 0.0, 0.1, "pays", 1.5) for i in range(100)]
