@@ -7,18 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
+from rollout_spec.benchmarks.degrade import acceptance as measured_acceptance
+from rollout_spec.benchmarks.degrade import degrade
 from rollout_spec.benchmarks.paired import Paired, paired
 from rollout_spec.contracts import Completion, SamplingParams
-from rollout_spec.drafters.quantize import get_quantizer
-from rollout_spec.drafters.quantized import QuantizedSelfDrafter
-from rollout_spec.drafters.quantizers.perturbed import PerturbedQuantizer
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import example_folder, expanded_policy, load_problems
-from rollout_spec.models.weights import Piece, is_linear, slots_of
 from rollout_spec.policy.baselines import Fixed, Off
 
 _DRAFT_LENGTH = {1: 6, 4: 4}  # by live batch; fixed beforehand, not the best of several
@@ -95,7 +92,8 @@ class EngineBenchmark:
         work = {batch: self._long_answers(engine, batch) for batch in _DRAFT_LENGTH}
         for acceptance in (None, *_DEGRADED):
             if acceptance is not None:
-                self._degrade(engine, acceptance, [c for batch in work.values() for c in batch])
+                with self.console.status(f"degrading the drafter to acceptance {acceptance}"):
+                    degrade(engine, acceptance, [c for batch in work.values() for c in batch], self.seed)
             for batch, completions in work.items():
                 name = f"speculation vs plain, B={batch}"
                 target = _SPEEDUP[batch] if acceptance is None else None
@@ -129,7 +127,7 @@ class EngineBenchmark:
             "draft_length": draft_length,
             "tau": round(spec.tau, 3),
             "accepted_share_of_drafts": round(spec.acceptance, 4),
-            "acceptance": round(_acceptance(engine, completions), 4),
+            "acceptance": round(measured_acceptance(engine, completions), 4),
             "tokens": sum(map(len, plain)),
         }
 
@@ -148,7 +146,7 @@ class EngineBenchmark:
         engine = RolloutEngine.from_pretrained(
             path, seed=self.seed, max_model_len=1024, speculation=speculation
         )
-        self.notes.setdefault("exactness", engine.stats().exactness)
+        self.notes["exactness"] = engine.stats().exactness
         return engine
 
     def _ragged_lengths(self) -> list[int]:
@@ -166,34 +164,3 @@ class EngineBenchmark:
         ids = [f"bench-{count}-{row}" for row in range(len(prompts))]
         completions = engine.generate(prompts, SamplingParams(max_tokens=_TOKENS), request_ids=ids)
         return sorted(completions, key=lambda c: len(c.token_ids))[-count:]
-
-    def _degrade(self, engine: RolloutEngine, wanted: float, contexts: list[Completion]) -> None:
-        """Perturb the drafter's weights until its acceptance on real text measures `wanted`."""
-        weights = engine.backend.weights
-        drafter = weights.drafter
-        assert isinstance(drafter, QuantizedSelfDrafter)
-        quantizer = get_quantizer(drafter.name, engine.backend.device, engine.backend.dtype)
-        low, high = 0.0, 1.0
-        with self.console.status(f"degrading the drafter to acceptance {wanted}"), torch.inference_mode():
-            for _ in range(10):
-                noise = (low + high) / 2
-                drafter.quantizer = PerturbedQuantizer(quantizer, noise, self.seed)
-                for slot, linear in slots_of(weights.target.weights).items():
-                    if is_linear(slot):
-                        drafter.stage(Piece(slot, linear.dense(), linear.bias))
-                drafter.commit(weights.target, weights.version)
-                found = _acceptance(engine, contexts)
-                low, high = (noise, high) if found > wanted else (low, noise)
-                if abs(found - wanted) < 0.003:
-                    break
-
-
-def _acceptance(engine: RolloutEngine, completions: list[Completion]) -> float:
-    """Mean 1 - TV between target and drafter over the answers' tokens: acceptance per draft token at T=1."""
-    values = []
-    for completion in completions:
-        logits = engine.backend.compare(np.array(completion.prompt_token_ids + completion.token_ids))
-        assert logits is not None
-        target, draft = (x[len(completion.prompt_token_ids) - 1 : -1].softmax(-1) for x in logits)
-        values.append(torch.minimum(target, draft).sum(-1))
-    return torch.cat(values).mean().item()

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rollout_spec.benchmarks.engine import EngineBenchmark
-from rollout_spec.example_policy import SIZES
+from rollout_spec.benchmarks.longtail import LongTail
+from rollout_spec.benchmarks.never_slower import NeverSlower, decision_microseconds, toggling_overhead
+from rollout_spec.example_policy import SIZES, expanded_policy
 from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, report_options
 
 
@@ -79,6 +81,103 @@ def engine(
     }
     report = Report("bench engine", results, checks, evidence_level=EvidenceLevel.L1, seed=seed)
     finish(report, json_path, console, show_checks=False)
+
+
+_longtail_targets = {  # by samples in a rollout: with the quantized drafter alone, with all on the second epoch
+    8: (1.25, 1.4),
+    32: (1.1, 1.25),
+}
+
+
+@command.command("longtail")
+@click.option(
+    "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."
+)
+@click.option(
+    "--batch", type=click.Choice(("8", "32")), multiple=True, help="Samples per rollout; default: both."
+)
+@click.option("--draws", type=click.IntRange(1), default=20, show_default=True, help="Rollouts counted.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
+@report_options
+def longtail(size: str, batch: tuple[str, ...], draws: int, seed: int, json_path: Path | None) -> None:
+    """Makespan of whole rollouts with the policy's own lengths, under every way of deciding.
+
+    Run `rollout-spec calibrate` on the policy first: a brief calibration is not what one would use.
+    """
+    console = Console()
+    results: dict[str, Any] = {"model": f"shipped arithmetic policy, expanded to {size}"}
+    checks: list[Check] = []
+    for count in map(int, batch or ("8", "32")):
+        part = LongTail(expanded_policy(size), count, draws, seed, console)
+        part.run()
+        results[f"B={count}"] = {"speedups": part.results, "notes": part.notes}
+        speedup = {name: row["speedup"] for name, row in part.results.items()}
+        alone = speedup[f"epoch 1, B={count}, automatic, self-drafter"]
+        every = speedup[f"epoch 2, B={count}, automatic, all drafters"]
+        for name, found, target in (
+            ("self-drafter alone", alone, _longtail_targets[count][0]),
+            ("all drafters, second epoch", every, _longtail_targets[count][1]),
+        ):
+            checks.append(Check(f"{name}, B={count}", found, f">= {target}", found >= target))
+        best = speedup[f"epoch 1, B={count}, best fixed"]
+        checks.append(
+            Check(
+                f"automatic over best fixed, B={count}",
+                round(alone / best, 4),
+                ">= 0.95",
+                alone >= 0.95 * best,
+            )
+        )
+        for rule in ("EfficientRollout rule, tuned", "TLT bandit, tuned"):
+            other = speedup[f"epoch 1, B={count}, {rule}"]
+            checks.append(
+                Check(f"automatic over {rule}, B={count}", round(alone / other, 4), "> 1", alone > other)
+            )
+        differing = sum(row["differing_trajectories"] for row in part.results.values())
+        checks.append(Check(f"differing trajectories, B={count}", differing, "0", differing == 0))
+        for name, row in part.notes.items():
+            if name.startswith("simulated over measured"):
+                found = row["of_total"]
+                checks.append(Check(f"{name}, B={count}", found, "within 10 %", abs(found - 1) <= 0.1))
+    finish(Report("bench longtail", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
+
+
+@command.command("never-slower")
+@click.option(
+    "--size", type=click.Choice(SIZES), default="100m", show_default=True, help="Of the shipped policy."
+)
+@click.option("--pairs", type=click.IntRange(3), default=15, show_default=True, help="Pairs per batch size.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
+@report_options
+def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> None:
+    """Automatic mode against plain decoding at every batch size, with a useful and a useless drafter, and updates."""
+    console = Console()
+    sweep = NeverSlower(expanded_policy(size), pairs, seed, console)
+    sweep.useful()
+    sweep.useless()
+    sweep.updated()
+    checks = [
+        Check(f"automatic vs plain, {name}, lower bound", row["lower_95"], ">= 0.98", row["lower_95"] >= 0.98)
+        for name, row in sweep.ratios.items()
+    ]
+    toggling = [toggling_overhead(expanded_policy(size), batch, pairs, seed) for batch in (1, 8)]
+    for row in toggling:
+        overhead = row["overhead"]
+        checks.append(Check(f"toggling at random, B={row['batch']}", overhead, "<= 0.02", overhead <= 0.02))
+        checks.append(
+            Check(f"toggling, same tokens, B={row['batch']}", row["identical"], "yes", row["identical"])
+        )
+    decisions = decision_microseconds()
+    checks.append(
+        Check("a decision at B=64, microseconds", decisions["B=64"], "<= 50", decisions["B=64"] <= 50)
+    )
+    results = {
+        "model": f"shipped arithmetic policy, expanded to {size}",
+        "ratios": sweep.ratios,
+        "toggling": toggling,
+        "decision_microseconds": decisions,
+    }
+    finish(Report("bench never-slower", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
 
 
 def _table(ratios: dict[str, dict[str, Any]]) -> Table:

@@ -52,13 +52,12 @@ def command(
         "plain": simulate(rollout, Off(), costs, seed=seed),
         policy_name: simulate(rollout, _policy(policy_name, rollout, costs), costs, seed=seed),
     }
-    results = {name: _summary(trace, makespan(traces["plain"])) for name, trace in traces.items()}
+    rows = {name: _summary(trace, makespan(traces["plain"])) for name, trace in traces.items()}
     console = Console()
-    console.print(_table(results))
-    results |= {"workload": rollout.name, "cost": cost, "samples": len(rollout.outputs), "slots": rollout.slots}
-    finish(
-        Report("simulate", results, evidence_level=EvidenceLevel.L3, seed=seed), json_path, console
-    )
+    console.print(_table(rows))
+    about = {"workload": rollout.name, "cost": cost, "samples": len(rollout.outputs), "slots": rollout.slots}
+    report = Report("simulate", {**rows, **about}, evidence_level=EvidenceLevel.L3, seed=seed)
+    finish(report, json_path, console)
 
 
 def _workload(name: str, seed: int) -> Workload:
@@ -82,7 +81,9 @@ def _costs(name: str) -> CostModel:
     try:
         return CostModel.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
     except OSError as error:
-        raise invalid("--cost", name, f"give a100, h100, h200, h20 or a calibration file ({error})") from error
+        raise invalid(
+            "--cost", name, f"give a100, h100, h200, h20 or a calibration file ({error})"
+        ) from error
     except ValueError as error:
         raise invalid("--cost", name, f"not a calibration file ({error})") from error
 
@@ -133,7 +134,7 @@ def _summary(trace: Trace, plain_seconds: float) -> dict[str, float | None]:
 
 def _table(results: dict[str, dict[str, float | None]]) -> Table:
     table = Table(
-        "policy", "makespan", "over plain", "tokens/s", "passes speculated", "drafts accepted", box=None
+        "policy", "makespan", "over plain", "tokens/s", "speculated", "accepted", box=None, pad_edge=False
     )
     for name, row in results.items():
         accepted = row["accepted_share"]

@@ -1,8 +1,9 @@
 """The automatic policy: before every pass, who drafts and how far ahead, or nobody.
 
 Value. A token of sequence i is worth w_i, with sum w_i = 1. For the least makespan, w_i follows from how the time
-of plain decoding until the last sequence ends depends on the tokens i has to come: with a plain pass of
-t(B) = t0 + t1 * B it is t0 * P(i ends last) + t1, over t(B). For the most tokens per second, w_i = 1/B. A plain
+until the last sequence ends depends on the tokens i has to come: with a plain pass of
+t(B) = t0 + t1 * B it is t0 / g * P(i ends last) + t1, up to a factor, where g is the gain expected once a single
+sequence is left: tokens put off until then are cheaper by it. For the most tokens per second, w_i = 1/B. A plain
 pass is then worth 1, a pass with draft lengths K_i is worth V = sum w_i * tau_i, and its gain is
 
     gain = V / T(K)  *  t(B)
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from rollout_spec.policy.online_costs import OnlineCosts
 from rollout_spec.policy.records import HISTORY, Plan, Reason, StepOutcome, StepState
 
 _PLAIN = "plain"
+_LOOK_EVERY = 2  # passes between looks at one of the arms that do not run
 _WEIGHTS_EVERY = 16  # passes between looks at who will be the straggler
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
 _MOST = 0.999  # nothing is certain
@@ -37,7 +40,6 @@ _FADE_EVERY, _FADE = (
 
 @dataclass(frozen=True)
 class _Candidate:
-    arm: str
     drafter: str | None
     draft_lengths: np.ndarray
     from_history: np.ndarray
@@ -68,7 +70,7 @@ class AutomaticPolicy:
         longest: int = 16,
         margin: float = 0.02,
         probe_share: float = 0.005,
-        explore_share: float = 0.01,
+        explore_share: float = 0.005,
         ragged: bool = True,
         seed: int = 0,
     ) -> None:
@@ -87,7 +89,8 @@ class AutomaticPolicy:
         self._mode = _PLAIN
         self._weights = np.zeros(0)
         self._weighed: tuple[np.ndarray, int] = (np.zeros(0, np.int64), 0)
-        self._passes = 0
+        self._passes = self._batch = 0
+        self._known: dict[str, tuple[float, int]] = {}  # by arm: its gain, and the pass it was found in
         self._predicted: tuple[str, float, float] | None = None
         self.depth = np.arange(1, longest + 1)
 
@@ -115,23 +118,28 @@ class AutomaticPolicy:
 
         weights = self._value_of_tokens(state, context, plain_seconds)
         round = _Round(self, state, weights, room, context, plain_seconds)
-        candidates = {}
-        if matches is not None:
-            candidates[HISTORY] = round.history()
+        arms = [HISTORY] if matches is not None else []
         for name in drafters:
-            candidates[name] = round.drafted(name, None)
-            if matches is not None and max(candidates[HISTORY].gain, candidates[name].gain) > 1:
-                combined = round.drafted(name, candidates[HISTORY])
-                candidates[combined.arm] = combined
-        return self._settle(candidates, batch, plain_seconds)
+            arms += [name, f"{HISTORY}+{name}"] if matches is not None else [name]
+        if batch != self._batch:
+            self._known, self._batch = {}, batch
+        return self._settle(round, arms, plain_seconds)
 
-    def _settle(self, candidates: dict[str, _Candidate], batch: int, plain_seconds: float) -> Plan:
-        usable = {arm: c for arm, c in candidates.items() if math.isfinite(c.gain) and c.gain > 0}
-        if not usable:
+    def _settle(self, round: _Round, arms: list[str], plain_seconds: float) -> Plan:
+        """Compare the arms; only what runs, and one of the others in turn, is evaluated anew in every pass."""
+        batch = round.batch
+        candidates = {arm: round.candidate(arm) for arm in self._due(arms)}
+        self._known |= {
+            arm: (
+                c.gain * self.arbiter.correction(arm, batch) if math.isfinite(c.gain) else 0.0,
+                self._passes,
+            )
+            for arm, c in candidates.items()
+        }
+        gains = {arm: self._known[arm][0] for arm in arms if self._known[arm][0] > 0} | {_PLAIN: 1.0}
+        if len(gains) == 1:
             self._mode = _PLAIN
             return Plan.plain(batch, Reason.BAD_COST, plain_seconds)
-        gains = {arm: c.gain * self.arbiter.correction(arm, batch) for arm, c in usable.items()}
-        gains[_PLAIN] = 1.0
         best = self._with_hysteresis(gains)
         reason = Reason.STILL_PAYS if best == self._mode else Reason.PAYS
         self._mode = best
@@ -144,11 +152,23 @@ class AutomaticPolicy:
             return Plan.plain(batch, Reason.NOT_WORTH, plain_seconds)
         if self._rng.random() < self.probe_share:
             return Plan.plain(batch, Reason.PROBE, plain_seconds)
-        chosen = usable[arm]
+        chosen = candidates[arm] if arm in candidates else round.candidate(arm)
         self._predicted = (arm, chosen.gain, plain_seconds)
-        return Plan(
-            chosen.draft_lengths, chosen.from_history, chosen.drafter, reason, gains[arm], chosen.seconds
-        )
+        gain = chosen.gain * self.arbiter.correction(arm, batch)
+        return Plan(chosen.draft_lengths, chosen.from_history, chosen.drafter, reason, gain, chosen.seconds)
+
+    @property
+    def last_gain(self) -> float:
+        """Gain of what runs, at least that of plain decoding."""
+        return max(self._known[self._mode][0], 1.0) if self._mode in self._known else 1.0
+
+    def _due(self, arms: list[str]) -> list[str]:
+        """The arms to evaluate in this pass: those never seen at this batch, what runs, and the stalest other."""
+        due = [arm for arm in arms if arm not in self._known or arm == self._mode]
+        others = [arm for arm in arms if arm not in due]
+        if others and self._passes % _LOOK_EVERY == 0:
+            due.append(min(others, key=lambda arm: self._known[arm][1]))
+        return due
 
     def _with_hysteresis(self, gains: dict[str, float]) -> str:
         """A switch must promise the margin, except the one to plain decoding, taken as soon as drafting would lose."""
@@ -166,14 +186,29 @@ class AutomaticPolicy:
             return self._weights
         slots, when = self._weighed
         if self._passes - when >= _WEIGHTS_EVERY or not np.array_equal(slots, state.slots):
-            alone = self.costs.target(1, 1, context // batch)
+            share = context // batch
+            alone = self.costs.target(1, 1, share)
             marginal = max(plain_seconds - alone, 0.0) / (batch - 1)
             fixed = max(plain_seconds - batch * marginal, 0.0)
             last = self.lengths.last_to_finish(state.outputs, state.allowed)
-            weights = fixed * last + marginal
+            weights = fixed / self._gain_alone(state.drafters, alone, share) * last + marginal
             self._weights = weights / weights.sum()
             self._weighed = (state.slots, self._passes)
         return self._weights
+
+    def _gain_alone(self, drafters: tuple[str, ...], plain_seconds: float, kv_tokens: int) -> float:
+        """Largest gain expected for a single sequence, at the mean acceptance; at least 1."""
+        best = 1.0
+        for name in drafters:
+            if name not in self.acceptance:
+                continue
+            tau, alive, step = 1.0, 1.0, self.costs.draft(name, 1, kv_tokens)
+            for depth in range(1, self.longest + 1):
+                alive *= self.acceptance[name].mean
+                tau += alive
+                seconds = depth * step + self.costs.target(1, depth + 1, kv_tokens)
+                best = max(best, tau * plain_seconds / seconds)
+        return best
 
     # --- learning --------------------------------------------------------------------------------------
 
@@ -241,36 +276,44 @@ class _Round:
         self.batch, self.context, self.plain_seconds = len(weights), context, plain_seconds
         self.zeros = np.zeros(self.batch, np.int64)
 
-    def history(self) -> _Candidate:
+    def candidate(self, arm: str) -> _Candidate:
+        """The best plan of one arm: history, a drafter with weights, or one behind the other."""
+        if arm == HISTORY:
+            return self._history
+        return self._drafted(arm, arm.removeprefix(f"{HISTORY}+"))
+
+    @cached_property
+    def _history(self) -> _Candidate:
         """History alone: no cost but the rows to verify."""
-        matches, depth = self.state.matches, self.policy.depth
+        matches = self.state.matches
         assert matches is not None
         limit = np.minimum(matches.lengths, self.room)
-        alive = np.minimum(matches.confidence, _MOST)[:, None] ** depth
+        alive = np.minimum(matches.confidence, _MOST)[:, None] ** self.policy.depth
         lengths, gain, seconds = self._best(alive, limit, None, self.zeros, 1.0)
-        return _Candidate(HISTORY, None, lengths, lengths, gain, seconds)
+        return _Candidate(None, lengths, lengths, gain, seconds)
 
-    def drafted(self, name: str, history: _Candidate | None) -> _Candidate:
-        """A drafter with weights, behind what history proposes if that is given."""
+    def _drafted(self, arm: str, name: str) -> _Candidate:
+        """A drafter with weights, behind what history proposes if the arm says so."""
         alive = self.policy.acceptance[name].survival(self.state.slots)
-        if history is None:
+        if arm == name:
             lengths, gain, seconds = self._best(alive, self.room, name, self.zeros, 1.0)
-            return _Candidate(name, name, lengths, self.zeros, gain, seconds)
-        before, matches = history.draft_lengths, self.state.matches
+            return _Candidate(name, lengths, self.zeros, gain, seconds)
+        before, matches = self._history.draft_lengths, self.state.matches
         assert matches is not None
         confidence = np.minimum(matches.confidence, _MOST)
         reached = confidence**before
         certain = np.where(before > 0, confidence * (1 - reached) / (1 - confidence), 0.0)
         worth = 1.0 + float(self.weights @ certain)
         own, gain, seconds = self._best(alive * reached[:, None], self.room - before, name, before, worth)
-        return _Candidate(f"{HISTORY}+{name}", name, before + own, before, gain, seconds)
+        return _Candidate(name, before + own, before, gain, seconds)
 
     def _best(
         self, alive: np.ndarray, limit: np.ndarray, drafter: str | None, before: np.ndarray, worth: float
     ) -> tuple[np.ndarray, float, float]:
         """Draft lengths of the largest gain, at least one token somewhere, the gain, and the time of the pass.
 
-        All sequences alike first; then without the tokens that are not worth what they cost at that gain.
+        A token is on offer if it is worth what it costs by itself, at the gain the arm had last (Dinkelbach's
+        iteration for a ratio, one round per pass); of these, the depth is taken that makes the gain largest.
 
         Args:
             alive: P(tokens 1..j accepted), float64 [B, longest], falling in j.
@@ -280,20 +323,18 @@ class _Round:
             worth: Value of the pass without these tokens.
         """
         active = [self.batch] * len(self.policy.depth)
+        kept: np.ndarray | None = None
         if limit.min() < len(active):
-            inside = self.policy.depth <= limit[:, None]
-            alive, active = alive * inside, inside.sum(0).tolist()
-        depth, gain, seconds = self._deepest((self.weights @ alive).tolist(), active, drafter, before, worth)
-        lengths = np.minimum(limit, depth)
+            kept = self.policy.depth <= limit[:, None]
         if self.policy.ragged and self.batch > 1:
-            price = self._price(drafter) * max(gain, 1.0) / self.plain_seconds
-            kept = alive > (price / self.weights)[:, None]
-            active = kept.sum(0).tolist()
-            if active[0]:
-                gains = (self.weights @ (alive * kept)).tolist()
-                depth, ragged_gain, ragged_seconds = self._deepest(gains, active, drafter, before, worth)
-                if ragged_gain > gain:
-                    return kept[:, :depth].sum(1), ragged_gain, ragged_seconds
+            price = self._price(drafter) * self.policy.last_gain / self.plain_seconds
+            worthy = alive > (price / self.weights)[:, None]
+            if worthy.any():
+                kept = worthy if kept is None else worthy & kept
+        if kept is not None:
+            alive, active = alive * kept, kept.sum(0).tolist()
+        depth, gain, seconds = self._deepest((self.weights @ alive).tolist(), active, drafter, before, worth)
+        lengths = np.full(self.batch, depth) if kept is None else kept[:, :depth].sum(1)
         return lengths, gain, seconds
 
     def _price(self, drafter: str | None) -> float:
@@ -326,7 +367,7 @@ class _Round:
             worth += value
             rows += count
             if drafter is not None:
-                drafting += costs.draft(drafter, count, share * count)
+                drafting += costs.draft(drafter, count, int(share * count))
             seconds = drafting + costs.target(batch, rows, context)
             gain = worth * self.plain_seconds / seconds
             if gain > best[1]:

@@ -49,8 +49,11 @@ def expected_emitted(alpha: float, draft_length: int) -> float:
     return float(np.sum(alpha ** np.arange(draft_length + 1)))
 
 
-class _Stateless:
-    """What a policy that does not learn does when it is told something."""
+class Stateless:
+    """What a policy that does not learn does when it is told something: nothing."""
+
+    def plan(self, state: StepState) -> Plan:
+        raise NotImplementedError
 
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         pass
@@ -62,14 +65,14 @@ class _Stateless:
         pass
 
 
-class Off(_Stateless):
+class Off(Stateless):
     """Plain decoding."""
 
     def plan(self, state: StepState) -> Plan:
         return Plan.plain(len(state.slots), Reason.OFF)
 
 
-class Fixed(_Stateless):
+class Fixed(Stateless):
     """The same K for every sequence, while at most `largest_batch` are live (None: always).
 
     `drafter` is a name, `history` (K is then at most the length of the match), or None for the first usable.
@@ -88,7 +91,7 @@ class Fixed(_Stateless):
         return uniform_plan(state, self.draft_length, self.drafter)
 
 
-class RandomLengths(_Stateless):
+class RandomLengths(Stateless):
     """Off with probability `off`, else a K in 1..`longest` drawn per sequence: for proofs, not for speed.
 
     Where history matches, every other speculative step takes as much of it as K allows.
@@ -144,7 +147,9 @@ class EfficientRollout:
         self.least_gain, self.armed_above, self.patience = least_gain, armed_above, patience
         self.raise_at, self.lower_at, self._alpha = raise_at, lower_at, alpha
         self._rung = self._above = self._below = 0
-        self._start_rollout()
+        self._on: bool = False
+        self._armed: bool = False
+        self._drafted = self._accepted = self._rejected = 0
 
     @property
     def draft_length(self) -> int:
@@ -182,14 +187,11 @@ class EfficientRollout:
             if self._below >= self.patience:
                 self._rung, self._below = max(self._rung - 1, 0), 0
             self._alpha = self._accepted / max(1, self._accepted + self._rejected)
-        self._start_rollout()
+        self._on = self._armed = False
+        self._drafted = self._accepted = self._rejected = 0
 
     def forget(self, slots: np.ndarray) -> None:
         pass
-
-    def _start_rollout(self) -> None:
-        self._on = self._armed = False
-        self._drafted = self._accepted = self._rejected = 0
 
     def _gain(self, batch: int, kv_tokens: int, drafter: str) -> float:
         """Field notes, top: their gain over plain decoding."""
@@ -246,7 +248,8 @@ class TLTBandit:
         if bucket is None or batch > self.largest_batch:
             return Plan.plain(batch, Reason.FIXED)
         values = [self._value(bucket, arm) for arm in self.arms[bucket]]
-        choice, reason = int(np.argmax(values)), Reason.PAYS
+        choice = int(np.argmax(values))
+        reason = Reason.PAYS if values[choice] < float("inf") else Reason.EXPLORE
         if self._rng.random() < self.epsilon:
             choice, reason = int(self._rng.integers(len(values))), Reason.EXPLORE
         plan = uniform_plan(state, self.arms[bucket][choice], self.drafter, reason)

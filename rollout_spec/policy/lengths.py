@@ -7,7 +7,7 @@ import numpy as np
 _KEPT = 4096  # lengths remembered
 _UNSEEN = 1.0  # weight of the prior, in finished answers longer than the request's present length
 _SHORTEST_SCALE = 32.0  # tokens: scale of the prior for a request that has just begun
-_GRID = np.concatenate(([0.0], np.geomspace(4.0, 65536.0, 29)))
+GRID = np.concatenate(([0.0], np.geomspace(4.0, 65536.0, 29)))
 
 
 class RemainingLength:
@@ -31,9 +31,9 @@ class RemainingLength:
     def survival(self, outputs: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """P(more than x tokens are still to come) for x on the grid, float64 [B, grid]; 0 from `allowed` on."""
         scale = np.maximum(outputs, _SHORTEST_SCALE)[:, None]
-        beyond = len(self._finished) - np.searchsorted(self._finished, outputs[:, None] + _GRID, side="right")
-        alive = beyond + _UNSEEN * scale / (scale + _GRID)
-        return np.where(_GRID < allowed[:, None], alive / (beyond[:, :1] + _UNSEEN), 0.0)
+        beyond = len(self._finished) - np.searchsorted(self._finished, outputs[:, None] + GRID, side="right")
+        alive = beyond + _UNSEEN * scale / (scale + GRID)
+        return np.where(allowed[:, None] > GRID, alive / (beyond[:, :1] + _UNSEEN), 0.0)
 
     def last_to_finish(self, outputs: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """P(the request ends last of all that are live), float64 [B], sums to 1.
@@ -46,8 +46,3 @@ class RemainingLength:
         log_done = np.log(done)
         last = (ends * np.exp(log_done.sum(0) - log_done)).sum(1) + 1e-12
         return last / last.sum()
-
-    def mean(self, outputs: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-        """Expected tokens still to come, float64 [B]."""
-        alive = self.survival(outputs, allowed)
-        return (0.5 * (alive[:, :-1] + alive[:, 1:]) * np.diff(_GRID)).sum(1)

@@ -12,7 +12,6 @@ more cheaply than now.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
 
 import numpy as np
@@ -45,7 +44,7 @@ class Oracle:
         ties = (lengths.max() - lengths) // self.longest
         weights = _shared(by_rank[np.argsort(np.argsort(lengths, kind="stable"))], ties)
 
-        def rate(tau: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        def rate(tau: np.ndarray, seconds: np.ndarray | float) -> np.ndarray:
             """Makespan taken off per second, [C], by passes that emit `tau` [C, B] in `seconds` [C]."""
             if shared.any():
                 tau[:, shared] = tau[:, shared].mean(axis=1, keepdims=True)
@@ -68,7 +67,7 @@ class Oracle:
             if rates[first] > best_rate:
                 best_rate = float(rates[first])
                 K, history = K_CB[first], history_CB[first]
-                ours = drafter if (K > history).any() else None
+                ours = None if (history == K).all() else drafter
                 best = Plan(K, history, ours, Reason.PAYS, best_rate / plain_rate)
         return best
 

@@ -135,6 +135,7 @@ class _Simulation:
             allowed=self.workload.limit - outputs,
             drafters=tuple(self.workload.drafters),
             matches=self.matches(outputs),
+            waiting=int(np.searchsorted(self.workload.arrivals, self.clock, side="right")) - self.waiting,
         )
 
     def matches(self, outputs: np.ndarray) -> Matches | None:
@@ -229,10 +230,10 @@ def _row(step: int, clock: float, state: StepState, plan: Plan, outcome: StepOut
 
 def _require_valid(plan: Plan, state: StepState) -> None:
     K, history = plan.draft_lengths, plan.from_history
-    if len(K) != len(state.slots) or (K < 0).any() or (K >= state.allowed).any():
+    if len(K) != len(state.slots) or (K < 0).any() or (state.allowed - K < 1).any():
         raise ValueError(f"draft_lengths={K}: one per sequence, at least 0 and below {state.allowed}")
     matched = np.zeros_like(K) if state.matches is None else state.matches.lengths
     if (history < 0).any() or (history > np.minimum(K, matched)).any():
         raise ValueError(f"from_history={history}: at most draft_lengths and what matches, {matched}")
-    if (K > history).any() and plan.drafter not in state.drafters:
+    if (history != K).any() and plan.drafter not in state.drafters:
         raise ValueError(f"drafter={plan.drafter!r}: not usable, there is {state.drafters}")

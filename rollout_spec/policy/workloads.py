@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -122,7 +123,7 @@ def uniform_noise(seed: int, requests: np.ndarray, positions: np.ndarray, purpos
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(x):  # type: ignore[no-untyped-def]
+def _mix(x: Any) -> Any:
     """SplitMix64's finalizer, on uint64 scalars or arrays."""
     x = x + np.uint64(MIX[0])
     x = (x ^ (x >> np.uint64(30))) * np.uint64(MIX[1])
@@ -162,7 +163,8 @@ def from_trace(trace: Trace, alpha: float | None = None) -> Workload:
 
     All are taken to wait from the start, for as many slots as the largest batch of the trace.
     Drafters with weights are those of the trace (`nf4` if none ran). A sample that was drafted for has its own
-    acceptance, shrunk towards the rollout's by four draft tokens' worth; `alpha` replaces all of them.
+    acceptance per token, of the share accepted of drafts of the mean length and shrunk towards the rollout's by four
+    draft tokens' worth; `alpha` replaces all of them.
     """
     if not trace.requests:
         raise ValueError("the trace holds no finished request: record one with requests, or use from_lengths")
@@ -170,7 +172,12 @@ def from_trace(trace: Trace, alpha: float | None = None) -> Workload:
     drafted = np.array([request.drafted for request in requests], float)
     accepted = np.array([request.accepted for request in requests], float)
     mean = accepted.sum() / drafted.sum() if drafted.any() else 0.8
-    rates = (accepted + 4 * mean) / (drafted + 4) if alpha is None else np.full(len(requests), alpha)
+    shares = (accepted + 4 * mean) / (drafted + 4)
+    speculated = [step for step in trace.steps if step.drafted]
+    K = round(sum(step.drafted for step in speculated) / max(1, sum(step.batch for step in speculated)))
+    grid = np.linspace(0.0, 1.0, 1001)  # of alpha; a draft of K has alpha + ... + alpha^K accepted
+    met = np.interp(shares, (grid[:, None] ** np.arange(1, max(1, K) + 1)).mean(axis=1), grid)
+    rates = met if alpha is None else np.full(len(requests), alpha)
     modes = dict.fromkeys(part for step in trace.steps for part in step.mode.split("+"))
     names = [mode for mode in modes if mode not in ("plain", HISTORY)] or [NF4]
     outputs = np.array([request.output_tokens for request in requests], np.int64)
@@ -189,9 +196,7 @@ def long_tail(samples: int = 128, seed: int = 0) -> Workload:
     """Lognormal lengths, median 500, with a Pareto tail for the last twentieth, up to 8192 tokens."""
     rng = np.random.default_rng(seed)
     tail = rng.random(samples) < 0.05
-    outputs = np.where(
-        tail, 1500 * (1 + rng.pareto(1.2, samples)), rng.lognormal(np.log(500), 0.6, samples)
-    )
+    outputs = np.where(tail, 1500 * (1 + rng.pareto(1.2, samples)), rng.lognormal(np.log(500), 0.6, samples))
     return from_lengths("long_tail", np.clip(outputs, 16, 8192).astype(np.int64))
 
 

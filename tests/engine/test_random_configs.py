@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rollout_spec import SamplingParams
 from rollout_spec.contracts import FinishReason, InvalidRequest
+from rollout_spec.drafters.history import History
 from rollout_spec.policy.baselines import Fixed, Off, RandomLengths
 
 from .conftest import EOS, VOCAB, CharTokenizer
@@ -40,6 +41,8 @@ def engines(make_engine):
         for verifier in ("coupled", "rejection")
         for row, shape in enumerate(SHAPES)
     }
+    for engine in made.values():
+        engine.backend.history = History(3000, orders=(1, 2))
     return made, make("coupled", "none", max_num_seqs=8)
 
 
@@ -189,8 +192,8 @@ def check(completion, params, most):
     call=calls(),
     verifier=st.sampled_from(["coupled", "coupled", "rejection"]),
     shape=st.integers(0, len(SHAPES) - 1),
-    policy=st.sampled_from([0, 1, 3, 9, 64, "random"]),
-    compare=st.integers(0, 2),
+    policy=st.sampled_from([0, 1, 3, 9, "history", "random", "random"]),
+    compare=st.integers(0, 4),
 )
 def test_random_calls(engines, call, verifier, shape, policy, compare):
     prompts, values, several, extra, ids, wrong = call
@@ -199,6 +202,8 @@ def test_random_calls(engines, call, verifier, shape, policy, compare):
     backend = engine.backend
     if policy == "random":
         backend.policy = RandomLengths(len(prompts), longest=12)
+    elif policy == "history":
+        backend.policy = Fixed(8, drafter=policy)
     else:
         backend.policy = Fixed(policy) if policy else Off()
     before = engine.stats()

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from rollout_spec import RolloutEngine, SamplingParams
+from rollout_spec.drafters.history import History
+from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off, RandomLengths
+from rollout_spec.policy.cost_model import CostModel, PassCost
 
 ARITHMETIC = Path(__file__).parents[2] / "examples" / "arithmetic"
 sys.path.insert(0, str(ARITHMETIC))  # problems.py
@@ -32,13 +35,26 @@ MODES = {
     "on": lambda: Fixed(4),
     "toggled at random": lambda: TogglingDraftLength(4, seed=1),
     "K at random": lambda: RandomLengths(seed=2, longest=8, off=0.0),
+    "history": lambda: Fixed(8, drafter="history"),
+    "automatic": lambda: AutomaticPolicy(COSTS, probe_share=0.1, explore_share=0.1),
 }
 
 
+# Invented, so that the automatic policy switches often between plain, nf4, history and both.
+COSTS = CostModel(
+    {"target": PassCost(2e-3, 0.0, 1e-3, 1e-5, 0.0), "nf4": PassCost(8e-4, 0.0, 3e-4, 1e-5, 0.0)}
+)
+
+
 def engine_for(dtype):
-    return RolloutEngine.from_pretrained(
-        ARITHMETIC / "policy", dtype=dtype, max_model_len=640, speculation={"drafter": "nf4"}
+    engine = RolloutEngine.from_pretrained(
+        ARITHMETIC / "policy",
+        dtype=dtype,
+        max_model_len=640,
+        speculation={"drafter": "nf4", "draft_length": 4},
     )
+    engine.backend.history = History()
+    return engine
 
 
 def rollouts(engine, policy, temperature, seeds):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rollout_spec.sampling import reference
 from rollout_spec.sampling.noise import Stream, fold, row_keys
 from rollout_spec.sampling.verify import (
+    Ragged,
     coupled_scores,
     draft_coupled,
     draft_rejection,
@@ -227,3 +228,64 @@ def test_rows_do_not_depend_on_the_rows_beside_them(threads):
         )
         for all_rows, row in zip(together, alone):
             assert as_lists(all_rows)[b] == as_lists(row)[0]
+
+
+def ragged_of(lengths):
+    """The rows 0..lengths[b] of every sequence, as a pass over them alone lays them out."""
+    width = int(lengths.max()) + 1
+    inside = torch.arange(width) <= lengths[:, None]
+    place = torch.where(inside, inside.flatten().cumsum(0).view_as(inside) - 1, 0)
+    return Ragged(inside.flatten().nonzero().squeeze(1), place)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 10**6))
+def test_ragged_rows_give_the_verdict_of_the_whole_grid(batch, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    target, keys = make_logits(batch, k + 1, seed), make_keys(batch, k + 1)
+    lengths = torch.randint(0, k + 1, (batch,), generator=generator)
+    lengths[0] = k
+    q = drafter_near(target, seed)[:, :k]
+    ragged = ragged_of(lengths)
+    rows = target.flatten(0, 1)[ragged.cells][:, None]
+    drafts = draft_coupled(q, keys[:, :k])
+    assert_same_verdict(
+        verify_coupled(target, drafts, lengths, keys), verify_coupled(rows, drafts, lengths, keys, ragged)
+    )
+    drafts = draft_rejection(q, keys[:, :k])
+    assert_same_verdict(
+        verify_rejection(target, drafts, lengths, q, keys),
+        verify_rejection(rows, drafts, lengths, q, keys, ragged),
+    )
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 10**6))
+def test_drafts_of_two_drafters_in_one_block(batch, k, seed):
+    """The first drafts of a block are somebody's only choice, the others drawn from q: as the reference has it."""
+    generator = torch.Generator().manual_seed(seed)
+    target, keys = make_logits(batch, k + 1, seed), make_keys(batch, k + 1)
+    q = drafter_near(target, seed)[:, :k]
+    certain = torch.randint(0, k + 1, (batch,), generator=generator)
+    likely = target[:, :k].argmax(-1)
+    is_certain = torch.arange(k) < certain[:, None]
+    drafts = torch.where(is_certain, likely, draft_rejection(q, keys[:, :k]))
+    q_place = torch.where(is_certain, -1, torch.arange(batch * k).view(batch, k).flip(0))
+    q_rows = q.flip(0).flatten(0, 1)
+    lengths = torch.full((batch,), k)
+    verdict = verify_rejection(target, drafts, lengths, q_rows, keys, None, q_place)
+    point = torch.full_like(q, -math.inf).scatter_(-1, drafts[..., None], 0.0)
+    mixed = torch.where(is_certain[..., None], point, q)
+    assert_same_verdict(verdict, verify_rejection(target, drafts, lengths, mixed, keys))
+    for b in range(batch):
+        emitted, accepted = reference.verify_rejection(
+            target[b].numpy(), drafts[b].tolist(), mixed[b].numpy(), keys[b]
+        )
+        assert int(verdict.accepted[b]) == accepted
+        assert verdict.tokens[b, : accepted + 1].tolist() == emitted
+
+
+def assert_same_verdict(a, b):
+    assert torch.equal(a.accepted, b.accepted)
+    for row, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)):
+        assert torch.equal(x[: a.emitted[row]], y[: b.emitted[row]])

@@ -1,0 +1,254 @@
+"""The measurements behind `rollout-spec bench longtail`: whole rollouts with the policy's own lengths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from rollout_spec.benchmarks.bootstrap import median_interval
+from rollout_spec.benchmarks.degrade import degrade, perturb
+from rollout_spec.contracts import Completion, SamplingParams, SpecCounts
+from rollout_spec.drafters.history import History
+from rollout_spec.engine import RolloutEngine
+from rollout_spec.example_policy import load_problems
+from rollout_spec.policy.automatic import AutomaticPolicy
+from rollout_spec.policy.baselines import EfficientRollout, Fixed, Off, TLTBandit
+from rollout_spec.policy.records import SpeculationPolicy
+from rollout_spec.policy.simulator import makespan, simulate
+from rollout_spec.policy.workloads import Workload, from_lengths
+
+_SAMPLES = 4  # of every prompt: a GRPO group
+_LONGEST, _PROMPT = 512, 16  # tokens; prompts are about as long
+_DEGRADED = (0.96, 0.90)
+_GRID_K, _GRID_BATCH = (1, 2, 3, 4, 5, 6, 8, 10, 12), (1, 2, 4, 8, 16, 32)
+
+
+@dataclass
+class Rollouts:
+    """What one way of deciding did, draw by draw.
+
+    Attributes:
+        seconds: Makespan of every draw.
+        spec: Speculation counts over all draws.
+        differing: Trajectories that are not those of plain decoding.
+    """
+
+    seconds: list[float]
+    spec: SpecCounts
+    differing: int = 0
+
+
+class LongTail:
+    """Rollouts of `batch` samples, drawn anew `draws` times; every way of deciding gets the same draws, in turn.
+
+    The policies with a memory keep it from draw to draw, as in use; before the first counted draw all have had
+    two of their own.
+
+    Attributes:
+        results: By name: speedup over plain decoding with its interval, and counts.
+        notes: What was found on the way: acceptance, the best fixed rule, predictions.
+    """
+
+    def __init__(self, path: Path, batch: int, draws: int, seed: int, console: Console) -> None:
+        self.path, self.batch, self.draws, self.seed, self.console = path, batch, draws, seed, console
+        self.engine = RolloutEngine.from_pretrained(
+            path,
+            seed=seed,
+            max_model_len=640,
+            max_num_seqs=batch,
+            speculation={"drafter": "nf4", "verifier": "coupled", "canary_min_acceptance": 0.0},
+        )
+        calibration = self.engine.backend.calibration
+        assert calibration is not None
+        self.costs = calibration.cost_model
+        self.results: dict[str, dict[str, Any]] = {}
+        self.notes: dict[str, Any] = {
+            "exactness": self.engine.stats().exactness,
+            "calibration": {"brief": calibration.brief, "costs": self.costs.to_dict()},
+        }
+        problems = load_problems()
+        self._prompts = problems.prompts((draws + 2) * batch // _SAMPLES, seed, "test")
+        self._tuning = problems.prompts(8 * batch // _SAMPLES, seed + 1, "test")
+        self._texts: list[Completion] = []
+        self._alpha = 0.0
+        self._plain: dict[str, list[list[int]]] = {}
+
+    def run(self) -> None:
+        """Everything: tune on other prompts, first epoch, second epoch, degraded acceptance."""
+        workload = self._tuning_workload()
+        fixed, efficient, bandit = self._tune(workload)
+        runs, lengths = self._epoch(
+            "epoch 1",
+            {
+                "plain": Off(),
+                "automatic, self-drafter": self._automatic(),
+                "best fixed": fixed(),
+                "EfficientRollout rule, tuned": efficient(),
+                "TLT bandit, tuned": bandit(),
+            },
+            self._prompts,
+        )
+        self._predict(runs, lengths)
+        self._second_epoch()
+        for acceptance in _DEGRADED:
+            with self.console.status(f"degrading the drafter to acceptance {acceptance}"):
+                found = degrade(self.engine, acceptance, self._texts, self.seed)
+            self.notes[f"acceptance, asked for {acceptance}"] = round(found, 4)
+            self._epoch(
+                f"acceptance {acceptance}",
+                {"plain": Off(), "automatic, self-drafter": self._automatic()},
+                self._prompts,
+            )
+        perturb(self.engine, 0.0)
+
+    # --- the parts -------------------------------------------------------------------------------------
+
+    def _automatic(self) -> AutomaticPolicy:
+        return AutomaticPolicy(self.costs, seed=self.seed)
+
+    def _epoch(
+        self,
+        epoch: str,
+        policies: dict[str, SpeculationPolicy],
+        prompts: Sequence[str],
+        history: dict[str, History] | None = None,
+    ) -> tuple[dict[str, Rollouts], list[list[int]]]:
+        runs = {name: Rollouts([], SpecCounts()) for name in policies}
+        groups = self.batch // _SAMPLES
+        draws = len(prompts) // groups
+        lengths: list[list[int]] = []
+        for draw in range(draws):
+            texts = prompts[draw * groups : (draw + 1) * groups]
+            ids = [f"{epoch}-{self.batch}-{draw}-{row}" for row in range(groups)]
+            names = list(policies)
+            for name in names[draw % len(names) :] + names[: draw % len(names)]:
+                self.engine.backend.history = (history or {}).get(name)
+                with self.console.status(f"{epoch}, B={self.batch}, draw {draw + 1} of {draws}: {name}"):
+                    seconds, completions = self._rollout(policies[name], texts, ids)
+                policies[name].after_update()  # a draw is an RL step
+                tokens = [completion.token_ids for completion in completions]
+                expected = self._plain.setdefault(ids[0], tokens)
+                if draw >= 2:
+                    run = runs[name]
+                    run.seconds.append(seconds)
+                    run.spec = sum((completion.spec for completion in completions), run.spec)
+                    run.differing += sum(a != b for a, b in zip(tokens, expected, strict=True))
+            if draw >= 2:
+                lengths.append([len(tokens) for tokens in self._plain[ids[0]]])
+        self.engine.backend.history = None
+        self._report(epoch, runs)
+        return runs, lengths
+
+    def _rollout(
+        self, policy: SpeculationPolicy, texts: Sequence[str], ids: list[str]
+    ) -> tuple[float, list[Completion]]:
+        self.engine.backend.policy = policy
+        start = time.perf_counter()
+        completions = self.engine.generate(
+            list(texts), SamplingParams(max_tokens=_LONGEST), n=_SAMPLES, request_ids=ids
+        )
+        return time.perf_counter() - start, completions
+
+    def _report(self, epoch: str, runs: dict[str, Rollouts]) -> None:
+        plain = np.array(runs["plain"].seconds)
+        for name, run in runs.items():
+            ratios = plain / np.array(run.seconds)
+            low, high = median_interval(ratios.tolist())
+            spec = run.spec
+            key = f"{epoch}, B={self.batch}, {name}"
+            self.results[key] = {
+                "speedup": round(float(np.median(ratios)), 4),
+                "interval_95": [round(low, 4), round(high, 4)],
+                "of_total_time": round(float(plain.sum() / sum(run.seconds)), 4),
+                "draws": len(run.seconds),
+                "median_seconds": round(float(np.median(run.seconds)), 3),
+                "tau": None if not spec.verify_steps else round(spec.tau, 3),
+                "accepted_share_of_drafts": None if not spec.drafted else round(spec.acceptance, 4),
+                "differing_trajectories": run.differing,
+            }
+            self.console.print(f"{key}: {np.median(ratios):.3f} ({low:.3f}-{high:.3f})", highlight=False)
+
+    def _predict(self, runs: dict[str, Rollouts], lengths: list[list[int]]) -> None:
+        """What the simulator makes of the same draws, given their lengths, the calibration and the acceptance."""
+        policies: dict[str, SpeculationPolicy] = {
+            "plain": Off(),
+            "automatic, self-drafter": self._automatic(),
+        }
+        for name, policy in policies.items():
+            predicted = [makespan(simulate(self._workload(draw), policy, self.costs)) for draw in lengths]
+            ratios = np.array(predicted) / np.array(runs[name].seconds)
+            self.notes[f"simulated over measured makespan, {name}"] = {
+                "median": round(float(np.median(ratios)), 4),
+                "of_total": round(float(sum(predicted) / sum(runs[name].seconds)), 4),
+            }
+
+    def _second_epoch(self) -> None:
+        """The same prompts again, with other noise and the same weights, and the first epoch's answers in memory."""
+        history = History()
+        self.engine.backend.history = history
+        for row in range(0, len(self._prompts), 8):
+            texts = self._prompts[row : row + 8]
+            self._rollout(Off(), texts, [f"first-{row + i}" for i in range(len(texts))])
+        self._epoch(
+            "epoch 2",
+            {"plain": Off(), "automatic, all drafters": self._automatic()},
+            self._prompts,
+            {"automatic, all drafters": history},
+        )
+
+    # --- the best that fixed rules can do, from the simulator ------------------------------------------
+
+    def _tuning_workload(self) -> list[Workload]:
+        """Rollouts on other prompts: real lengths, and the acceptance measured on them."""
+        policy, groups = Fixed(6), self.batch // _SAMPLES
+        for draw in range(len(self._tuning) // groups):
+            texts = self._tuning[draw * groups : (draw + 1) * groups]
+            ids = [f"tuning-{draw}-{row}" for row in range(groups)]
+            self._texts += self._rollout(policy, texts, ids)[1]
+        spec = sum((completion.spec for completion in self._texts), SpecCounts())
+        tried = spec.accepted + spec.verify_steps * (1 - spec.accepted / spec.drafted)
+        self._alpha = min(spec.accepted / tried, 0.999)
+        self.notes["acceptance, self-drafter"] = round(self._alpha, 4)
+        lengths = [len(completion.token_ids) for completion in self._texts]
+        return [self._workload(lengths[row : row + self.batch]) for row in range(0, len(lengths), self.batch)]
+
+    def _workload(self, lengths: Sequence[int]) -> Workload:
+        alpha = {"nf4": self._alpha}
+        return from_lengths("rollout", np.array(lengths), prompt=_PROMPT, alpha=alpha, limit=_LONGEST)
+
+    def _tune(self, workloads: list[Workload]) -> tuple[Callable[[], SpeculationPolicy], ...]:
+        """The best of each family of rules, by simulated makespan over the tuning rollouts."""
+
+        def best(options: Mapping[str, Callable[[], SpeculationPolicy]]) -> Callable[[], SpeculationPolicy]:
+            def total(make: Callable[[], SpeculationPolicy]) -> float:
+                policy = make()
+                return sum(makespan(simulate(w, policy, self.costs)) for w in workloads)
+
+            seconds = {name: total(make) for name, make in options.items()}
+            name = min(seconds, key=seconds.__getitem__)
+            plain = sum(makespan(simulate(w, Off(), self.costs)) for w in workloads)
+            self.notes.setdefault("tuned", {})[name] = {"simulated speedup": round(plain / seconds[name], 3)}
+            return options[name]
+
+        batches = [b for b in _GRID_BATCH if b <= self.batch]
+        fixed = {f"fixed K={k} while B <= {b}": partial(Fixed, k, b) for k in _GRID_K for b in batches}
+        efficient = {
+            f"EfficientRollout, ladder from {k}, armed above {armed}": partial(
+                EfficientRollout, self.costs, ladder=(k, k + 2, k + 4), armed_above=armed
+            )
+            for k in (1, 2, 3, 5)
+            for armed in (0, 1, self.batch - 1)
+        }
+        bandit = {
+            f"TLT bandit, up to B={b}, {arms}": partial(TLTBandit, {b: arms}, largest_batch=b, epsilon=0.05)
+            for arms in ((2, 4, 6), (3, 5, 8), (4, 6, 10))
+            for b in batches
+        }
+        return best(fixed), best(efficient), best(bandit)

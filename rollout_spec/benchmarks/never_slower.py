@@ -1,0 +1,190 @@
+"""The measurements behind `rollout-spec bench never-slower` and `bench toggling`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from rollout_spec.benchmarks.bootstrap import median_interval
+from rollout_spec.benchmarks.degrade import perturb
+from rollout_spec.contracts import SamplingParams
+from rollout_spec.engine import RolloutEngine
+from rollout_spec.example_policy import load_problems
+from rollout_spec.models.checkpoint import read_checkpoint
+from rollout_spec.policy.automatic import AutomaticPolicy
+from rollout_spec.policy.baselines import Off, Stateless
+from rollout_spec.policy.cost_model import CostModel, PassCost
+from rollout_spec.policy.records import Matches, Plan, Reason, SpeculationPolicy, StepOutcome, StepState
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+_ROWS_OF_WORK = 512  # tokens of one run, over the batch
+_USELESS = 4.0  # relative noise on the drafter's weights that leaves nothing of it
+
+
+class NeverSlower:
+    """Automatic mode against plain decoding in one engine, so at equal memory, at every batch size.
+
+    Attributes:
+        ratios: By situation and batch: median and interval of plain time / automatic time, and the pairs.
+    """
+
+    def __init__(self, path: Path, pairs: int, seed: int, console: Console) -> None:
+        self.path, self.pairs, self.seed, self.console = path, pairs, seed, console
+        self.ratios: dict[str, dict[str, Any]] = {}
+        self.engine = RolloutEngine.from_pretrained(
+            path,
+            seed=seed,
+            max_model_len=512,
+            max_num_seqs=max(BATCHES),
+            kv_cache_tokens=max(BATCHES) * 192,
+            speculation={"drafter": "nf4", "canary": False, "canary_min_acceptance": 0.0},
+        )
+        self.prompts = load_problems().prompts(max(BATCHES), seed, "test")
+
+    def useful(self) -> None:
+        """With the drafter as it is, learning on from run to run, as in use."""
+        self._sweep("useful drafter", lambda: None)
+
+    def useless(self) -> None:
+        """With a drafter that is never right, met anew in every run: nothing is known of it."""
+        perturb(self.engine, _USELESS, self.seed)
+        self._sweep("useless drafter", lambda: None)
+        perturb(self.engine, 0.0)
+
+    def updated(self) -> None:
+        """Right after a weight update: each run is the first under its version (the update itself is not timed)."""
+        self._sweep("right after an update", self._update)
+
+    def _update(self) -> None:
+        self.engine.update_weights(read_checkpoint(self.path))
+
+    def _sweep(self, situation: str, before: Callable[[], None]) -> None:
+        engine, backend = self.engine, self.engine.backend
+        assert backend.calibration is not None
+        automatic, off = AutomaticPolicy(backend.calibration.cost_model, seed=self.seed), Off()
+        history = backend.history
+        for batch in BATCHES:
+            params = SamplingParams(max_tokens=max(16, min(64, _ROWS_OF_WORK // batch)), ignore_eos=True)
+            seconds: dict[bool, list[float]] = {False: [], True: []}
+
+            def run(policy: SpeculationPolicy, batch: int = batch, params: SamplingParams = params) -> float:
+                before()
+                backend.policy = policy
+                backend.history = history if policy is automatic else None
+                start = time.perf_counter()
+                engine.generate(self.prompts[:batch], params)
+                return time.perf_counter() - start
+
+            with self.console.status(f"{situation}, B={batch}"):
+                for pair in range(-1, self.pairs):
+                    for speculates in (False, True) if pair % 2 else (True, False):
+                        taken = run(automatic if speculates else off)
+                        if pair >= 0:
+                            seconds[speculates].append(taken)
+            ratios = np.array(seconds[False]) / np.array(seconds[True])
+            low, high = median_interval(
+                ratios.tolist(), level=0.90
+            )  # its lower end is the one-sided 95 % bound
+            name = f"{situation}, B={batch}"
+            self.ratios[name] = {
+                "median_ratio": round(float(np.median(ratios)), 4),
+                "lower_95": round(low, 4),
+                "upper_95": round(high, 4),
+                "pairs": self.pairs,
+                "tokens": params.max_tokens,
+                "plain_seconds": round(float(np.median(seconds[False])), 4),
+            }
+            self.console.print(f"{name}: {np.median(ratios):.3f} ({low:.3f}-{high:.3f})", highlight=False)
+
+
+class _Switching(Stateless):
+    """Speculates with K tokens in the steps that `on` says, or in all, or in none."""
+
+    def __init__(self, draft_length: int, on: Callable[[], bool]) -> None:
+        self.draft_length, self._on = draft_length, on
+
+    def plan(self, state: StepState) -> Plan:
+        lengths = np.minimum(self.draft_length, state.allowed - 1)
+        if not self._on() or not state.drafters or not lengths.any():
+            return Plan.plain(len(state.slots), Reason.FIXED)
+        return Plan(lengths, np.zeros_like(lengths), state.drafters[0], Reason.FIXED)
+
+
+def toggling_overhead(path: Path, batch: int, pairs: int, seed: int) -> dict[str, Any]:
+    """What switching at random in every step costs over the weighted mean of both modes.
+
+    In one run on and off steps are drawn at random; in the other the same number of on steps, then of off steps,
+    come in two blocks. Both emit the same tokens; the ratio of their times is what switching itself costs.
+    """
+    engine = RolloutEngine.from_pretrained(
+        path,
+        seed=seed,
+        max_model_len=512,
+        max_num_seqs=batch,
+        speculation={"drafter": "nf4", "draft_length": 4},
+    )
+    prompts = sorted(load_problems().prompts(256, seed, "test"), key=len)[-batch:]
+    ids = [f"toggling-{row}" for row in range(batch)]
+    params = SamplingParams(max_tokens=160, ignore_eos=True)
+    rng = np.random.default_rng(seed)
+    tokens: dict[str, list[list[int]]] = {}
+    log: list[tuple[bool, float]] = []
+
+    class Timed(_Switching):
+        def observe(self, state: StepState, plan: Plan, outcome: Any) -> None:
+            if len(state.slots) == batch:
+                log.append((plan.speculates, outcome.seconds))
+
+    def run(name: str, on: Callable[[], bool]) -> list[tuple[bool, float]]:
+        log.clear()
+        engine.backend.policy = Timed(4, on)
+        completions = engine.generate(prompts, params, request_ids=ids)
+        tokens[name] = [completion.token_ids for completion in completions]
+        return list(log)
+
+    overheads = []
+    for _ in range(pairs):
+        always = np.median([s for _, s in run("on", lambda: True)])
+        never = np.median([s for _, s in run("off", lambda: False)])
+        mixed = run("toggled", lambda: bool(rng.random() < 0.5))
+        on, off = ([s for speculates, s in mixed if speculates is wanted] for wanted in (True, False))
+        expected = len(on) * always + len(off) * never
+        overheads.append((len(on) * np.median(on) + len(off) * np.median(off)) / expected - 1)
+    low, high = median_interval(overheads)
+    return {
+        "batch": batch,
+        "overhead": round(float(np.median(overheads)), 4),
+        "interval": [round(low, 4), round(high, 4)],
+        "identical": tokens["on"] == tokens["off"] == tokens["toggled"],
+        "tokens": sum(map(len, tokens["off"])),
+        "triples": pairs,
+    }
+
+
+def decision_microseconds() -> dict[str, float]:
+    """Median time of one decision of the automatic policy, with a drafter and history on offer, by batch size."""
+    costs = CostModel(
+        {"target": PassCost(1e-3, 2e-4, 18e-3, 7e-4, 5e-8), "nf4": PassCost(1e-3, 2e-4, 6e-3, 6e-4, 5e-8)}
+    )
+    rng, found = np.random.default_rng(0), {}
+    for batch in BATCHES:
+        policy, slots = AutomaticPolicy(costs), np.arange(batch)
+        policy.lengths.observe(rng.integers(5, 400, 300))
+        seconds = []
+        for step in range(400):
+            matches = Matches(rng.integers(0, 12, batch), rng.random(batch))
+            outputs = np.arange(batch) + step
+            state = StepState(slots, 50 + outputs, outputs, np.full(batch, 500), ("nf4",), matches)
+            start = time.perf_counter()
+            plan = policy.plan(state)
+            seconds.append(time.perf_counter() - start)
+            accepted = np.minimum(plan.draft_lengths, rng.integers(0, 6, batch))
+            done = np.zeros(batch, bool)
+            policy.observe(state, plan, StepOutcome(accepted, accepted + 1, done, 0.01, 0.03))
+        found[f"B={batch}"] = round(1e6 * float(np.median(seconds)), 1)
+    return found

@@ -1,0 +1,261 @@
+"""The automatic policy's decisions, on invented costs."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout_spec.policy.automatic import AutomaticPolicy
+from rollout_spec.policy.cost_model import CostModel, PassCost
+from rollout_spec.policy.records import HISTORY, Matches, Plan, Reason, StepOutcome, StepState
+
+COSTS = CostModel(
+    {
+        "target": PassCost(1e-3, 2e-4, 18e-3, 7e-4, 5e-8),
+        "nf4": PassCost(1e-3, 2e-4, 5e-3, 6e-4, 5e-8),
+    }
+)
+
+
+def policy(costs=COSTS, **options):
+    return AutomaticPolicy(costs, **{"probe_share": 0.0, "explore_share": 0.0} | options)
+
+
+def state(batch=1, context=100, outputs=50, allowed=400, drafters=("nf4",), matches=None, **options):
+    def fill(x):
+        return np.broadcast_to(np.asarray(x, np.int64), (batch,)).copy()
+
+    return StepState(
+        np.arange(batch), fill(context), fill(outputs), fill(allowed), drafters, matches, **options
+    )
+
+
+def seen(acceptance, tokens=4000, longest=16):
+    """A policy that has watched nf4 being accepted this often."""
+    made = policy()
+    rng = np.random.default_rng(0)
+    for _ in range(tokens // longest):
+        hits = rng.random(longest) < acceptance
+        accepted = longest if hits.all() else int(hits.argmin())
+        made.acceptance["nf4"].observe(np.array([40]), np.array([longest]), np.array([accepted]))
+    return made
+
+
+def run(made, where, alpha, passes, costs=COSTS):
+    """Carry plans out with true acceptance `alpha` of every drafter; returns the plans."""
+    rng, plans = np.random.default_rng(1), []
+    for _ in range(passes):
+        plan = made.plan(where)
+        hits = rng.random((len(where.slots), 65)) < alpha
+        accepted = np.minimum(hits.argmin(1), plan.draft_lengths)
+        rows, context = len(where.slots) + int(plan.draft_lengths.sum()), int(where.lengths.sum())
+        drafting = plan.draft_lengths.max() * costs.draft("nf4", len(where.slots), context)
+        drafting = float(drafting) if plan.drafter else 0.0
+        target = costs.target(len(where.slots), rows, context)
+        done = np.zeros(len(where.slots), bool)
+        made.observe(where, plan, StepOutcome(accepted, accepted + 1, done, drafting, target))
+        plans.append(plan)
+    return plans
+
+
+def test_speculates_alone_and_not_in_a_crowd():
+    assert policy().plan(state(1)).drafter == "nf4"
+    crowd = policy(objective="throughput").plan(state(256))
+    assert not crowd.speculates
+    assert crowd.reason is Reason.NOT_WORTH
+
+
+def test_stragglers_in_a_crowd_get_longer_drafts():
+    made = policy()
+    made.lengths.observe(np.array([20] * 2000 + [400, 450, 500]))
+    outputs = np.full(32, 3)
+    outputs[7] = 300
+    plan = made.plan(state(32, outputs=outputs))
+    assert plan.speculates
+    assert plan.draft_lengths[7] == plan.draft_lengths.max() > np.median(plan.draft_lengths)
+
+
+def test_throughput_objective_treats_all_alike():
+    made = policy(objective="throughput")
+    made.lengths.observe(np.array([20] * 60 + [400, 450, 500]))
+    outputs = np.array([3, 3, 3, 300])
+    assert len(set(made.plan(state(4, outputs=outputs)).draft_lengths)) == 1
+
+
+def test_a_queue_makes_makespan_a_matter_of_throughput():
+    made = policy()
+    outputs = np.array([3, 3, 3, 300])
+    assert len(set(made.plan(state(4, outputs=outputs, waiting=9)).draft_lengths)) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        (state(4, drafters=()), Reason.NO_DRAFTER),
+        (state(4, drafters=("unheard of",)), Reason.NO_DRAFTER),
+        (state(4, allowed=1), Reason.LAST_TOKEN),
+    ],
+)
+def test_reasons_for_plain_decoding(where, reason):
+    plan = policy().plan(where)
+    assert not plan.speculates
+    assert plan.reason is reason
+
+
+def test_never_drafts_more_than_is_allowed():
+    plan = policy().plan(state(3, allowed=[1, 2, 100]))
+    assert (plan.draft_lengths <= [0, 1, 99]).all()
+
+
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan, -1.0])
+@pytest.mark.parametrize("kind", ["target", "nf4"])
+def test_absurd_costs_end_in_plain_decoding_with_a_reason(bad, kind):
+    costs = CostModel(dict(COSTS.passes) | {kind: PassCost(bad, 0.0, 0.0, 0.0, 0.0)})
+    made = policy(costs)
+    for batch in (1, 7):
+        plan = made.plan(state(batch))
+        if kind == "nf4" and bad == 0.0:
+            continue  # a free drafter is odd, not absurd
+        assert not plan.speculates
+        assert plan.reason in (Reason.BAD_COST, Reason.NOT_WORTH)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan, -1.0])
+def test_absurd_timings_are_not_learnt_from(bad):
+    made = policy()
+    where = state(1)
+    before = made.costs.target(1, 1, 100)
+    plan = Plan.plain(1, Reason.OFF)
+    made.observe(where, plan, StepOutcome(np.zeros(1, int), np.ones(1, int), np.zeros(1, bool), 0.0, bad))
+    assert made.costs.target(1, 1, 100) == before
+
+
+def test_costs_are_corrected_by_what_passes_take():
+    made, slower = (
+        policy(),
+        CostModel({k: PassCost(3e-3, 0, 3 * c.weights, 2 * c.per_row, 0) for k, c in COSTS.passes.items()}),
+    )
+    run(made, state(1), 0.9, 150, costs=slower)
+    assert made.costs.target(1, 1, 100) == pytest.approx(slower.target(1, 1, 100), rel=0.4)
+
+
+def test_two_way_hysteresis():
+    made = policy(margin=0.5)
+    weak = seen(0.62)
+    gain = weak.plan(state(1)).gain
+    assert 1.02 < gain < 1.5
+    made.acceptance = weak.acceptance
+    assert made.plan(state(1)).reason is Reason.NOT_WORTH  # off stays off below the margin
+    made.acceptance = seen(0.95).acceptance
+    assert made.plan(state(1)).reason is Reason.PAYS
+    made.acceptance = weak.acceptance
+    assert made.plan(state(1)).reason is Reason.STILL_PAYS  # on stays on above 1
+    made.acceptance = seen(0.05).acceptance
+    assert made.plan(state(1)).reason is Reason.NOT_WORTH
+
+
+def test_no_latch():
+    """A drafter that failed is tried again, and one that recovers is used again."""
+    made = policy(explore_share=0.01)
+    run(made, state(1), 0.0, 50)
+    bad = run(made, state(1), 0.0, 3000)
+    tried = sum(plan.speculates for plan in bad)
+    assert 0 < tried < 100
+    good = run(made, state(1), 0.95, 4000)
+    assert all(plan.speculates for plan in good[-50:])
+
+
+def test_a_useless_drafter_costs_little():
+    made = policy(explore_share=0.01)
+    plans = run(made, state(8), 0.0, 1000)
+    assert sum(plan.speculates for plan in plans) < 30
+
+
+def test_probes_are_as_frequent_as_asked_and_only_where_it_would_speculate():
+    made = policy(probe_share=0.1)
+    reasons = [plan.reason for plan in run(made, state(1), 0.95, 2000)]
+    assert 150 < reasons.count(Reason.PROBE) < 250
+    crowd = policy(probe_share=0.5, objective="throughput")
+    assert Reason.PROBE not in {crowd.plan(state(256)).reason for _ in range(50)}
+
+
+def test_history_drafts_alone_and_before_another():
+    matches = Matches(np.array([12]), np.array([0.97]))
+    alone = policy().plan(state(1, drafters=(), matches=matches))
+    assert alone.drafter is None
+    assert alone.draft_lengths[0] == alone.from_history[0] > 0
+    cheap = CostModel(dict(COSTS.passes) | {"nf4": PassCost(0.0, 0.0, 1e-3, 0.0, 0.0)})
+    short = policy(cheap).plan(state(1, matches=Matches(np.array([2]), np.array([0.98]))))
+    assert short.drafter == "nf4"
+    assert short.from_history[0] == 2 < short.draft_lengths[0]
+    useless = policy().plan(state(1, matches=Matches(np.array([12]), np.array([0.01]))))
+    assert not useless.from_history.any()
+
+
+def test_updates_fade_acceptance_but_not_history():
+    made = policy()
+    made.acceptance["nf4"].observe(np.array([0]), np.array([8]), np.array([8]))
+    made.acceptance[HISTORY].observe(np.array([0]), np.array([8]), np.array([8]))
+    before = {name: tracker.tried for name, tracker in made.acceptance.items()}
+    made.after_update()
+    assert made.acceptance["nf4"].tried < before["nf4"]
+    assert made.acceptance[HISTORY].tried == before[HISTORY]
+
+
+terms = st.floats(1e-5, 1e-1)
+
+
+@settings(max_examples=300)
+@given(
+    launch=terms, weights=terms, ratio=st.floats(0.05, 1.5), row=st.floats(1e-6, 1e-2), kv=st.floats(1e-9, 1e-6),
+    batch=st.integers(1, 64), less=st.integers(1, 2000), more=st.integers(1, 20000), alpha=st.floats(0.0, 0.99),
+)  # fmt: skip
+def test_more_context_never_turns_the_self_drafter_on(
+    launch, weights, ratio, row, kv, batch, less, more, alpha
+):
+    """A self-drafter reads the same cache as the target, so context makes drafting relatively dearer."""
+    costs = CostModel(
+        {
+            "target": PassCost(launch, 0.0, weights, row, kv),
+            "nf4": PassCost(launch, 0.0, weights * ratio, row, kv),
+        }
+    )
+    plans = []
+    for context in (less, less + more):
+        made = policy(costs, objective="throughput", margin=0.0)
+        made.acceptance["nf4"] = seen(alpha).acceptance["nf4"]
+        plans.append(made.plan(state(batch, context=context)))
+    assert plans[0].speculates or not plans[1].speculates
+
+
+@settings(max_examples=150)
+@given(
+    launch=terms, weights=terms, ratio=st.floats(0.05, 1.0), row=st.floats(1e-6, 1e-2), batch=st.integers(1, 64),
+    low=st.floats(0.0, 0.97), step=st.floats(0.0, 0.5), lengths=st.lists(st.integers(1, 500), max_size=20),
+)  # fmt: skip
+def test_higher_acceptance_never_shortens_drafts(launch, weights, ratio, row, batch, low, step, lengths):
+    costs = CostModel(
+        {
+            "target": PassCost(launch, 0.0, weights, row, 0.0),
+            "nf4": PassCost(launch, 0.0, weights * ratio, row, 0.0),
+        }
+    )
+    longest = []
+    for alpha in (low, min(low + step, 0.98)):
+        made = policy(costs, margin=0.0)
+        made.lengths.observe(np.array(lengths))
+        made.acceptance["nf4"] = Known(alpha)
+        longest.append(made.plan(state(batch)).draft_lengths.max())
+    assert longest[0] <= longest[1]
+
+
+class Known:
+    """An acceptance tracker that knows."""
+
+    def __init__(self, alpha):
+        self.alpha = self.mean = alpha
+
+    def survival(self, slots):
+        return np.tile(self.alpha ** np.arange(1.0, 17), (len(slots), 1))

@@ -1,0 +1,146 @@
+"""The GPU benchmark's dry run: every part gives its figures, and none can take the others along."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rollout_spec.observe.report import EvidenceLevel, Report
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
+PARTS = (
+    "machine", "correctness", "decode", "drafters", "graphs", "speculation", "requantize", "makespan", "never_slower",
+)  # fmt: skip
+PER_SIZE = {"decode": 4, "graphs": 5, "speculation": 8, "makespan": 6, "never_slower": 8}
+
+
+def dry_run(out: Path, *options: str, before: str = "", status: int = 0) -> tuple[Report, str]:
+    """The report of a dry run, and what it printed; `before` is run first, with `run` imported by its name."""
+    code = f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\n{before}\nimport run\nsys.exit(run.main())"
+    start = [sys.executable, "-c", code] if before else [sys.executable, str(FOLDER / "run.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ROLLOUT_SPEC_CACHE": str(out / "cache")}
+    command = [*start, "--dry-run", "--out", str(out), *options]
+    done = subprocess.run(
+        command,
+        cwd=FOLDER.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    (path,) = out.glob("report*.json")
+    return Report.read(path), done.stdout
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory) -> tuple[Report, Path]:
+    out = tmp_path_factory.mktemp("gpu")
+    return dry_run(out)[0], out
+
+
+def test_every_part_gives_its_figures(everything):
+    report, _ = everything
+    parts, figures = report.results["parts"], report.results["figures"]
+    assert [parts[name]["status"] for name in PARTS] == ["done"] * len(PARTS) and len(parts) == len(PARTS)
+    assert report.passed and not any(
+        note for part in parts.values() for note in part["notes"] if "out of time" in note
+    )
+    for part, count in PER_SIZE.items():
+        for size in ("1.5b", "7b"):
+            found = [name for name in figures if name.startswith(f"{part}/{size}/")]
+            assert len(found) == count, found
+    kinds = {name.split("/")[2] for name in figures if name.startswith("drafters/7b/")}
+    assert {"kind=dense", "kind=int8"} <= kinds
+    assert len([name for name in figures if name.startswith("requantize/7b/")]) == len(kinds) - 1
+    assert all(figure["value"] > 0 for name, figure in figures.items() if not name.startswith("correctness/"))
+
+
+def test_the_first_part_proves_what_it_says(everything):
+    report, _ = everything
+    names = {check.name.removeprefix("correctness: ") for check in report.checks}
+    assert {
+        "total variation from float32 on the CPU",
+        "verify: trajectory, on",
+        "verify: chi-square, rejection",
+        "history and ragged drafts, run 1",
+        "graph replay equals eager",
+    } <= names
+    passes = report.results["parts"]["correctness"]
+    assert passes["exactness"] == "E2"
+    assert passes["graph_passes_eager"] == {"not captured": 2} and passes["graph_passes_same_size"] == {
+        "graph": 2
+    }
+
+
+def test_predictions_come_first_and_are_compared(everything):
+    report, out = everything
+    predictions = Report.read(out / "predictions.json")
+    assert predictions.created <= report.created
+    predicted, figures = predictions.results["predicted"], report.results["figures"]
+    for name, figure in figures.items():
+        if name.startswith(("decode/", "drafters/", "requantize/")) or "/via=graphs/" in name:
+            assert figure["predicted"] == pytest.approx(predicted[name], rel=1e-5)
+            assert figure["relative_error"] == pytest.approx(predicted[name] / figure["value"] - 1, rel=1e-3)
+    assert report.results["prediction_error"]["decode"]["figures"] == 8
+
+
+def test_a_dry_run_claims_no_evidence(everything):
+    report, out = everything
+    assert report.results["dry_run"] and report.evidence_level is None
+    assert {figure["level"] for figure in report.results["figures"].values()} == {None}
+    assert Report.read(out / "predictions.json").evidence_level is None
+    assert EvidenceLevel.L2 in EvidenceLevel
+
+
+def test_imposed_acceptance_is_the_one_imposed(everything):
+    """Over the rollouts with a fixed K = 2 and acceptance 0.9: (0.9 + 0.81) / 2 of the drafts."""
+    figures = everything[0].results["figures"]
+    for via in ("graphs", "engine"):
+        fixed = figures[f"makespan/7b/via={via}/policy=fixed"]
+        assert 0.6 < fixed["accepted_share"] <= 1.0
+        assert fixed["passes"] < figures[f"makespan/7b/via={via}/policy=off"]["passes"]
+    useless = [figure["accepted_share"] for name, figure in figures.items() if "policy=off" in name]
+    assert useless == [0.0] * 4
+
+
+def test_a_part_that_raises_is_a_failed_check(tmp_path):
+    before = (
+        "import run, timings\n"
+        "def broken(*_): raise RuntimeError('out of luck')\n"
+        "run.PARTS['requantize'] = (5, broken)\n"
+        "timings._draft_loop = broken"
+    )
+    report, _ = dry_run(
+        tmp_path, "--parts", "graphs,requantize,makespan", "--sizes", "7b", before=before, status=1
+    )
+    failed = {check.name: check.value for check in report.checks if not check.passed}
+    assert set(failed) == {"graphs: 7b, B=1", "graphs: 7b, B=2", "requantize: runs to its end"}
+    assert set(failed.values()) == {"RuntimeError: out of luck"}
+    parts = report.results["parts"]
+    assert [parts[name]["status"] for name in ("graphs", "requantize", "makespan")] == [
+        "done",
+        "failed",
+        "done",
+    ]
+    assert {name.split("/")[0] for name in report.results["figures"]} == {"graphs", "makespan"}
+
+
+def test_what_only_helps_may_be_missing(tmp_path):
+    before = "for name in ('click', 'rich', 'psutil', 'scipy', 'bitsandbytes'):\n    sys.modules[name] = None"
+    report, printed = dry_run(
+        tmp_path, "--parts", "drafters,makespan", "--sizes", "7b", before=before
+    )  # fmt: skip
+    assert (
+        report.results["stood_in_for"] == ["click", "psutil", "rich"] and "click is not installed" in printed
+    )
+    notes = [note for part in report.results["parts"].values() for note in part["notes"]]
+    assert any("nf4 is not available" in note for note in notes) and any(
+        "not fitted" in note for note in notes
+    )
+    assert report.machine.memory_gib > 0
