@@ -16,7 +16,8 @@ FULL = {
     "kv_cache_bytes": 1 << 20, "block_size": 32, "prefill_chunk": 9,
     "speculation": {
         "drafter": "int8", "draft_length": 6, "verifier": "rejection", "quantize_lm_head": False, "canary": False,
-        "canary_min_acceptance": 0.5,
+        "canary_min_acceptance": 0.5, "longest_draft": 9, "objective": "throughput", "margin": 0.1, "history": False,
+        "history_tokens": 1000, "probe_share": 0.02, "explore_share": 0.03,
     },
 }  # fmt: skip
 
@@ -100,7 +101,14 @@ WRONG = [
     ("prefill_chunk", [None, 0, -1, 1.5]),
     ("speculation", [None, "nf4", 4, ["nf4"], True]),
     ("speculation.drafter", [None, "eagle", "NF4", 4, ["nf4"]]),
-    ("speculation.draft_length", [None, 0, -1, 65, 4.0, "4", True]),
+    ("speculation.draft_length", [0, -1, 65, 4.0, "4", True]),
+    ("speculation.longest_draft", [None, 0, 65, 4.0]),
+    ("speculation.objective", ["fast", None, 3]),
+    ("speculation.margin", [-0.1, 1.1, None, "0.1", True]),
+    ("speculation.probe_share", [-0.1, 1.1, None]),
+    ("speculation.explore_share", [-0.1, 2.0, None]),
+    ("speculation.history", [None, 1, "yes"]),
+    ("speculation.history_tokens", [0, None, 1.5]),
     ("speculation.verifier", [None, "exact", True]),
     ("speculation.quantize_lm_head", [None, 1, "yes"]),
     ("speculation.canary", [None, 0, "off"]),

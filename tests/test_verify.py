@@ -93,9 +93,11 @@ def test_a_sound_engine_passes_and_reaches_bitwise_exactness(folder, dtype):
 
 
 def test_a_residual_that_is_not_one_is_found(folder, monkeypatch):
-    def without_residual(target, drafts, lengths, q, keys):
-        verdict = real(target, drafts, lengths, q, keys)
-        again = verifiers._draw(target, verifiers.uniform(keys, verifiers.Stream.RESIDUAL))
+    def without_residual(target, drafts, lengths, q, keys, ragged=None, q_place=None):
+        verdict = real(target, drafts, lengths, q, keys, ragged, q_place)
+        noise = verifiers.uniform(keys if ragged is None else ragged.rows(keys), verifiers.Stream.RESIDUAL)
+        again = verifiers._draw(target, noise)
+        again = again if ragged is None else ragged.grid(again)
         place = verdict.accepted[:, None]
         return verdict._replace(tokens=verdict.tokens.scatter(1, place, again.gather(1, place)))
 
@@ -105,10 +107,14 @@ def test_a_residual_that_is_not_one_is_found(folder, monkeypatch):
 
 
 def test_drafts_accepted_too_readily_are_found(folder, monkeypatch):
-    def lenient(target, drafts, lengths, q, keys):
-        if drafts is not None:
-            target = torch.cat((target[:, :-1].maximum(q), target[:, -1:]), 1)
-        return real(target, drafts, lengths, q, keys)
+    def lenient(target, drafts, lengths, q, keys, ragged=None, q_place=None):
+        if q is not None:
+            batch, width = keys.shape
+            place = torch.arange(batch * width).view(batch, width) if ragged is None else ragged.place
+            drafted, target = q_place >= 0, target.clone()
+            rows = target.flatten(0, 1)
+            rows[place[:, :-1][drafted]] = rows[place[:, :-1][drafted]].maximum(q[q_place[drafted]])
+        return real(target, drafts, lengths, q, keys, ragged, q_place)
 
     real = verifiers.verify_rejection
     monkeypatch.setattr(verifiers, "verify_rejection", lenient)
@@ -211,8 +217,8 @@ def test_an_update_that_the_drafter_does_not_follow_is_found(folder, monkeypatch
 def uneven(monkeypatch, scale: float) -> None:
     """Logits whose last bits depend on how many rows are computed together."""
 
-    def forward(self, model, block, tokens, first):
-        logits = real(self, model, block, tokens, first)
+    def forward(self, model, block, tokens, *rest, **options):
+        logits = real(self, model, block, tokens, *rest, **options)
         wave = torch.sin(torch.arange(logits.shape[-1]) * (1.0 + logits.shape[0] + 7 * logits.shape[1]))
         return logits + scale * wave
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ HISTORY_TOKENS = 200_000
 POOL = 16  # held-out problems per problem used
 INK, MUTED, GRID = "#22272e", "#6b7480", "#e3e7ec"
 COLOURS = ("#3572c6", "#e8a33d", "#2f8f5b", "#7a3f9d", "#b3261e")
-SPEEDUP = "speedup over plain decoding (makespan ratio)"
+SPEEDUP = "speedup over plain decoding\n(makespan ratio, median and range)"
 
 
 @dataclass(frozen=True)
@@ -434,7 +435,7 @@ def _footer(options: Options, report: Report) -> str:
     if "device" in report.results:
         where = machine.gpus[0] if report.results["device"].startswith("cuda") else machine.cpu
         parts = [f"{options.policy} on {where}, {machine.threads} threads", *parts]
-    return "; ".join(parts) + ("; QUICK: not a measurement" if options.quick else "")
+    return fill("; ".join(parts) + ("; QUICK: not a measurement" if options.quick else ""), 150)
 
 
 def title(figure: Figure, text: str) -> None:
@@ -465,9 +466,9 @@ def draw_speedups(axis: Axes, comparisons: Mapping[str, Comparison], again: str 
         axis.axvspan(
             *comparisons[again].paired.spread, color=MUTED, alpha=0.18, lw=0, label="plain against plain"
         )
-        axis.legend(frameon=False, fontsize=8, loc="best")
+        axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     axis.margins(x=0.12)
-    axis.set_xlabel(f"{SPEEDUP}, median and range")
+    axis.set_xlabel(SPEEDUP)
 
 
 def draw_point(

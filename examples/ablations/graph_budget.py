@@ -148,6 +148,8 @@ def main() -> None:
             axis.set_xlabel("byte budget (GiB)")
             axis.set_ylim(bottom=0)
             axis.legend(frameon=False, fontsize=9)
+        left.set_yscale("symlog", linthresh=1)
+        left.yaxis.set_major_formatter("{x:g}")
         left.set_ylabel("padding, % of useful rows")
         right.set_ylabel("graphs")
 

@@ -114,7 +114,7 @@ def main() -> None:
                 draw_point(right, shared[name], comparison, colour, label=text)
         right.axhline(1, color="black", lw=1)
         left.set(xlabel="1 − TV between drafter and target", ylabel="acceptance per token tried")
-        right.set(xlabel="1 − TV between drafter and target", ylabel=f"{SPEEDUP},\nmedian and range")
+        right.set(xlabel="1 − TV between drafter and target", ylabel=SPEEDUP)
         left.legend(frameon=False, fontsize=8)
         right.legend(frameon=False, fontsize=8)
 

@@ -17,14 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rollout_spec.contracts import RolloutSpecError, UnsupportedModel
-from rollout_spec.observe.report import (
-    Check,
-    Report,
-    cpu_model,
-    distribution_version,
-    finish,
-    report_options,
-)
+from rollout_spec.observe.machine import cpu_model, distribution_version
+from rollout_spec.observe.report import Check, Report, finish, report_options
 
 LEAST_FREE_GIB = 2.0
 

@@ -164,6 +164,7 @@ def _stock(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
         return pages.index_select(1, tables).view(kv_heads, batch, -1, head_dim).transpose(0, 1)
 
     q = q.transpose(1, 2).reshape(batch, kv_heads, queries * group, head_dim)
-    mask = (rows.mask if queries == 1 else rows.mask.repeat_interleave(group, 1))[:, None]
+    mask = rows.mask.to(q.dtype)  # CUDA's kernels want the dtypes to agree; 0 and -inf lose nothing
+    mask = (mask if queries == 1 else mask.repeat_interleave(group, 1))[:, None]
     out = F.scaled_dot_product_attention(q, gather(keys), gather(values), attn_mask=mask)
     return out.view(batch, kv_heads, queries, group, head_dim).transpose(1, 2).contiguous()

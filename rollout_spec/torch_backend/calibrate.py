@@ -17,7 +17,7 @@ import torch
 
 from rollout_spec.contracts import SamplingParams
 from rollout_spec.drafters.guard import DrafterGuard
-from rollout_spec.observe.report import cpu_model, installed_versions
+from rollout_spec.observe.machine import cpu_model, installed_versions
 from rollout_spec.policy.baselines import Off
 from rollout_spec.policy.cost_model import TARGET
 from rollout_spec.policy.records import PassTiming, Plan, Reason, StepOutcome, StepState

@@ -28,7 +28,7 @@ class World:
     def copy_block(self, source, destination):
         self.content[destination] = list(self.content[source])
 
-    def released(self, slot, freed):
+    def released(self, slot, sample, freed):
         self.assigned.remove(slot)
 
     def submit(self, tokens, n=1, length=8):
