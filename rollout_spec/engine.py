@@ -27,6 +27,9 @@ from rollout_spec.contracts import (
 from rollout_spec.drafters.guard import DrafterReport
 from rollout_spec.models.checkpoint import read_checkpoint, read_config, state_dict_from
 from rollout_spec.models.spec import ModelSpec
+from rollout_spec.observe.machine import cpu_model, installed_versions
+from rollout_spec.observe.trace import TraceRecorder
+from rollout_spec.policy.records import Trace
 from rollout_spec.requests import Prompt, RequestReader, noise_key, read_request_ids
 from rollout_spec.sampling.noise import fold
 from rollout_spec.sampling.pipeline import Processed, token_logprobs
@@ -55,6 +58,8 @@ class EngineStats:
             same up to near-ties, `E0` lossless in distribution.
         drafter: Kind of the drafter in use, or None (off, or set aside).
         reports: Why drafters were set aside, if any were.
+        calibration: Where the automatic policy's costs come from: `full` (`rollout-spec calibrate`), `brief` (the
+            engine's own), or None (a fixed draft length, or no speculation).
         canary_acceptance: Acceptance on recent contexts after the last update; None if not measured.
         live, waiting: Sequences being decoded, and waiting.
         kv_tokens, kv_tokens_free: Capacity of the KV cache and what of it is free, in tokens.
@@ -71,6 +76,7 @@ class EngineStats:
     exactness: str
     drafter: str | None
     reports: tuple[DrafterReport, ...]
+    calibration: str | None
     canary_acceptance: float | None
     live: int
     waiting: int
@@ -335,6 +341,7 @@ class RolloutEngine:
             backend = self.backend
             drafter = backend.weights.drafter
             usable = backend.guard.usable(drafter, backend.weights.version)
+            found = backend.calibration
             exactness = ("E2" if backend.row_invariant else "E1") if backend.coupled else "E0"
             return EngineStats(
                 version=backend.weights.version,
@@ -342,6 +349,7 @@ class RolloutEngine:
                 exactness=exactness,
                 drafter=drafter.name if usable and drafter is not None else None,
                 reports=tuple(backend.guard.reports),
+                calibration=None if found is None else "brief" if found.brief else "full",
                 canary_acceptance=backend.guard.canary_acceptance,
                 live=len(backend.scheduler.running),
                 waiting=len(backend.scheduler.waiting),
@@ -354,6 +362,29 @@ class RolloutEngine:
                 times=replace(backend.times),
                 last_update=self._last_update,
             )
+
+    def start_trace(self, about: Mapping[str, object] | None = None) -> None:
+        """Record every decode pass and finished sample from now on, replacing a trace that is under way.
+
+        Args:
+            about: JSON values to keep with it; machine facts and configuration are there already.
+        """
+        with self._changed:
+            cpu, _ = cpu_model()
+            facts = {"cpu": cpu, "versions": installed_versions(), "config": self.config.to_dict()}
+            self.backend.recorder = TraceRecorder(facts | dict(about or {}))
+
+    def stop_trace(self) -> Trace:
+        """End the trace and return it; `rollout_spec.observe.trace.write_trace` keeps it in a file.
+
+        Raises:
+            RolloutSpecError: None was started.
+        """
+        with self._changed:
+            recorder, self.backend.recorder = self.backend.recorder, None
+        if recorder is None:
+            raise RolloutSpecError("no trace is being recorded: call start_trace() first")
+        return recorder.trace()
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Logprob of each token after the first given those before it, from a plain re-forward (T=1).

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout_spec.observe.report import Report
+from rollout_spec.observe.report import EvidenceLevel, Report
 
 ABLATIONS = Path(__file__).parents[1] / "examples" / "ablations"
 SPEEDUPS = {"median_ratio", "min_ratio", "max_ratio", "pairs", "baseline_seconds", "candidate_seconds", "tau"}
@@ -56,7 +56,7 @@ def test_rollouts(name, cases, speculating, tmp_path, cache):
         row.keys() >= SPEEDUPS and row["median_ratio"] > 0 and row["pairs"] == 1 for row in found.values()
     )
     assert speculating is None or found[speculating]["tau"] > 1
-    assert report.evidence_level.value == "L1"
+    assert report.evidence_level is EvidenceLevel.L1
     assert [check.name for check in report.checks] == [
         "identical trajectories"
     ]  # the shipped policy is E2 on CPU
@@ -80,4 +80,4 @@ def test_graph_budget(tmp_path, cache):
     padding = [row["padding_of_rollout_planned_for"]["median"] for row in planned]
     assert padding == sorted(padding, reverse=True), "a larger budget never wastes more"
     assert all(row["graphs"]["median"] > 0 for row in (*planned, report.results["powers_of_two"]))
-    assert report.evidence_level.value == "L3"
+    assert report.evidence_level is EvidenceLevel.L3

@@ -171,7 +171,7 @@ def test_the_table_fits_the_terminal(policy, width):
     engine = RolloutEngine.from_pretrained(policy, dtype="float32", speculation={"drafter": "nf4"})
     console = Console(file=io.StringIO(), force_terminal=True, width=width)
     watch = LiveRollouts(console, ["plain", "speculative"])
-    params = SamplingParams(n=2, max_tokens=20)
+    params = SamplingParams(n=2, max_tokens=200, ignore_eos=True)  # long enough to be seen
     with watch.shown():
         watch.run("plain", engine, 2, lambda: engine.generate("1+2=", params))
     shown = Console(width=width, file=io.StringIO())

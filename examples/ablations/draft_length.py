@@ -5,21 +5,15 @@
 Nothing but the drafter with weights drafts, and all samples are live all the time, so that K is all that differs.
 """
 
-from ablation import (
+from ablation import Case, automatic, compare, cost_model, full_work, load_engine, read_options
+from show import (
     COLOURS,
     SPEEDUP,
-    Case,
     Figure,
-    automatic,
-    compare,
     conclude,
-    cost_model,
     describe,
     draw_point,
-    full_work,
     identity_check,
-    load_engine,
-    read_options,
     speedup_table,
     title,
 )
@@ -30,7 +24,7 @@ LENGTHS = tuple(range(1, 13))
 
 
 def main() -> None:
-    options = read_options("draft_length", __doc__, tokens=64)
+    options = read_options("draft_length", __doc__, tokens=48)
     engine = load_engine(options)
     drafter = engine.backend.weights.drafter
     if drafter is None:
@@ -64,6 +58,7 @@ def main() -> None:
                 chosen.paired.median, color=colour, lw=1.2, ls=(0, (5, 3)), label=f"automatic, B = {batch}"
             )
             draw_point(axis, last + 0.8, chosen, colour)
+            axis.axhspan(*found[f"B={batch} plain, again"].paired.spread, color=colour, alpha=0.12, lw=0)
         axis.axhline(1, color="black", lw=1)
         axis.set_xticks([*lengths, last + 0.8], [*map(str, lengths), "auto"])
         axis.set(xlabel="draft length K (tokens)", ylabel=SPEEDUP)

@@ -7,14 +7,9 @@ Everything else is as shipped: the automatic policy decides, before every pass, 
 
 from ablation import (
     Case,
-    Figure,
     automatic,
     compare,
-    conclude,
     cost_model,
-    describe,
-    draw_speedups,
-    identity_check,
     load_engine,
     make_drafter,
     new_history,
@@ -22,10 +17,9 @@ from ablation import (
     ragged_work,
     read_options,
     run,
-    speedup_table,
-    title,
     token_acceptance,
 )
+from show import Figure, conclude, describe, draw_speedups, identity_check, speedup_table, title
 
 from rollout_spec.drafters.quantize import QUANTIZERS, available_quantizers
 
@@ -62,11 +56,15 @@ def main() -> None:
         title(figure, "Which drafter?")
         axis, side = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
         draw_speedups(axis, found, NONE)
+        apart = [100 * (1 - alpha) for alpha in accepted.values()]
         heights = [list(found).index(kind) for kind in accepted]
-        side.barh(heights, list(accepted.values()), height=0.5, color="#7fb0ea")
-        for height, value in zip(heights, accepted.values()):
-            side.text(0.03, height, f"{value:.3f}", va="center", size=9)
-        side.set(xlim=(0, 1), xlabel="acceptance per token\n(1 − TV)")
+        side.barh(heights, apart, height=0.4, color="#7fb0ea")
+        for height, value in zip(heights, apart):
+            side.annotate(
+                f"{value:.2f}", (value, height), (3, 0), textcoords="offset points", va="center", size=8
+            )
+        side.margins(x=0.25)
+        side.set_xlabel("draft tokens rejected (%)\n1 − acceptance = TV")
 
     conclude(
         options,

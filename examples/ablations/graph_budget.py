@@ -10,8 +10,9 @@ every kind of pass is shown beside it. Repetitions differ by their seed.
 import statistics
 from collections.abc import Sequence
 
-from ablation import COLOURS, Axes, Figure, conclude, read_options, title
+from ablation import read_options
 from rich.table import Table
+from show import COLOURS, Axes, Figure, conclude, title
 
 from rollout_spec.observe.report import EvidenceLevel
 from rollout_spec.policy.automatic import AutomaticPolicy

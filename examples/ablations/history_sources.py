@@ -13,24 +13,17 @@ from itertools import count
 
 import numpy as np
 from ablation import (
-    COLOURS,
     HISTORY_TOKENS,
     Case,
-    Figure,
     automatic,
     compare,
-    conclude,
     cost_model,
-    describe,
-    draw_speedups,
-    identity_check,
     load_engine,
     model_folder,
     ragged_work,
     read_options,
-    speedup_table,
-    title,
 )
+from show import COLOURS, Figure, conclude, describe, draw_speedups, identity_check, speedup_table, title
 
 from rollout_spec.drafters.history import SOURCES, History
 from rollout_spec.models.checkpoint import read_checkpoint

@@ -10,27 +10,19 @@ import statistics
 
 import numpy as np
 from ablation import (
-    COLOURS,
-    MUTED,
     Case,
     Comparison,
-    Figure,
     Run,
     automatic,
     compare,
-    conclude,
     cost_model,
-    describe,
-    draw_point,
-    identity_check,
     load_engine,
     new_history,
     number,
     ragged_work,
     read_options,
-    speedup_table,
-    title,
 )
+from show import COLOURS, MUTED, Figure, conclude, describe, draw_point, identity_check, speedup_table, title
 
 from rollout_spec.config import OBJECTIVES
 

@@ -7,22 +7,8 @@ EfficientRollout arms itself only after more than 32 samples were live; as fewer
 armed from the start. Policies live through all repetitions, as through the steps of a training run.
 """
 
-from ablation import (
-    Case,
-    Figure,
-    automatic,
-    compare,
-    conclude,
-    cost_model,
-    describe,
-    draw_speedups,
-    identity_check,
-    load_engine,
-    ragged_work,
-    read_options,
-    speedup_table,
-    title,
-)
+from ablation import Case, automatic, compare, cost_model, load_engine, ragged_work, read_options
+from show import Figure, conclude, describe, draw_speedups, identity_check, speedup_table, title
 
 from rollout_spec.policy.baselines import EfficientRollout, Fixed, TLTBandit
 from rollout_spec.policy.records import SpeculationPolicy

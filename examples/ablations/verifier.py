@@ -8,24 +8,26 @@ All samples are live all the time, so that every case emits equally many tokens.
 """
 
 from ablation import (
-    COLOURS,
-    SPEEDUP,
     Case,
-    Figure,
     compare,
-    conclude,
-    describe,
-    draw_point,
     full_work,
-    identity_check,
     load_engine,
     make_drafter,
     number,
     read_options,
     run,
+    token_acceptance,
+)
+from show import (
+    COLOURS,
+    SPEEDUP,
+    Figure,
+    conclude,
+    describe,
+    draw_point,
+    identity_check,
     speedup_table,
     title,
-    token_acceptance,
 )
 
 from rollout_spec.drafters.quantize import get_quantizer

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from rollout_spec.engine import RolloutEngine
 
 MAX_TOKENS = 512  # the longest worked solution of the example
-DRAFT_LENGTH, LARGEST_BATCH = 6, 8  # speculate this far ahead, and only while so few samples are live
 SHOWN, LONGEST_SHOWN = 3, 200  # sample answers, and characters of one
 POOL = 16  # held-out problems per problem of the demo, which are spread over their lengths
 PLAIN, SPECULATIVE = "plain", "speculative"
@@ -148,7 +147,7 @@ def _engine(folder: Path, seed: int) -> RolloutEngine:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     drafter = "int8" if available_quantizers(device, torch.bfloat16)["nf4"] else "nf4"
-    speculation = {"verifier": "coupled", "drafter": drafter, "draft_length": DRAFT_LENGTH}
+    speculation = {"verifier": "coupled", "drafter": drafter}
     engine = RolloutEngine.from_pretrained(folder, seed=seed, speculation=speculation)
     if engine.tokenizer is None:
         raise RolloutSpecError(f"{folder}: no tokenizer; the demo's prompts are text")
@@ -175,21 +174,27 @@ def _how(engine: RolloutEngine) -> str:
 def roll_out(
     engine: RolloutEngine, prompts: list[str], group: int, console: Console
 ) -> tuple[dict[str, list[Completion]], dict[str, float]]:
-    """The same requests plainly and speculatively; completions and seconds of each."""
+    """The same requests plainly and speculatively; completions and seconds of each.
+
+    Text seen before helps only where it would in use: the plain run's answers, which are the very same, and those of
+    the warm-up are not remembered.
+    """
     from rollout_spec.contracts import SamplingParams
     from rollout_spec.observe.live import LiveRollouts
-    from rollout_spec.policy.baselines import Fixed, Off
+    from rollout_spec.policy.baselines import Off
 
-    policies = {PLAIN: Off(), SPECULATIVE: Fixed(DRAFT_LENGTH, LARGEST_BATCH)}
+    backend = engine.backend
+    policies = {PLAIN: (Off(), None), SPECULATIVE: (backend.policy, backend.history)}
+    backend.history = None
     ids = [f"demo-{row}" for row in range(len(prompts))]
     runs, seconds = {}, {}
-    for policy in policies.values():  # both ways once, so that neither pays for the first pass
-        engine.backend.policy = policy
+    for policy, _ in policies.values():  # both ways once, so that neither pays for the first pass
+        backend.policy = policy
         engine.generate(prompts, SamplingParams(n=group, max_tokens=8))
     watch = LiveRollouts(console, list(policies))
     with watch.shown():
-        for name, policy in policies.items():
-            engine.backend.policy = policy
+        for name, (policy, history) in policies.items():
+            backend.policy, backend.history = policy, history
             params = SamplingParams(n=group, max_tokens=MAX_TOKENS)
 
             def call(params: SamplingParams = params) -> tuple[list[Completion], float]:
@@ -254,9 +259,8 @@ def caveat(report: Report, engine: RolloutEngine, model: Path | None) -> str:
         else machine.gpus[0]
     )
     text = (
-        f"Measured once each, one after the other, on this machine ({where}). The speculative run drafts "
-        f"{DRAFT_LENGTH} tokens ahead while at most {LARGEST_BATCH} samples are live: a setting of the demo, "
-        "chosen for this CPU."
+        f"Measured once each, one after the other, on this machine ({where}). In the speculative run "
+        "the engine decides before every pass, from costs measured here, who drafts and how far ahead."
     )
     if model is None:
         text += (

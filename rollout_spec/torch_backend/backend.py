@@ -7,6 +7,7 @@ verify, append. Nothing here knows about threads, text or trainers; the engine o
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from rollout_spec.policy import calibration
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off
 from rollout_spec.policy.calibration import Calibration
-from rollout_spec.policy.records import Plan, Reason, SpeculationPolicy, StepOutcome, StepState
+from rollout_spec.policy.records import Plan, Reason, SpeculationPolicy, StepOutcome, StepState, TraceRequest
 from rollout_spec.sampling import verify
 from rollout_spec.sampling.noise import row_keys
 from rollout_spec.sampling.pipeline import Processed, SamplingBatch, token_logprobs, top_logprobs
@@ -516,6 +517,8 @@ class TorchBackend:
                 sample.stop_reason = last
             self.guard.remember(np.concatenate((sample.prompt.tokens, sample.output)))
             finished.append(sample)
+            if self.recorder is not None:
+                self.recorder.request(_traced(sample, self.recorder.now))
         return finished, done
 
     def assign(self, sample: Sample) -> None:
@@ -529,6 +532,8 @@ class TorchBackend:
             sample.end_tokens,
             sample.noise_key,
         )
+        if self.recorder is not None and math.isnan(sample.started):
+            sample.started = self.recorder.now
         if self.history is not None:
             self.history.begin(sample.slot, sample.prompt.tokens, sample.output)
 
@@ -539,3 +544,16 @@ class TorchBackend:
         sample = self.slots.samples[slot]
         assert sample is not None
         return sample
+
+
+def _traced(sample: Sample, now: float) -> TraceRequest:
+    """What a trace keeps of a finished sample; one that began before the trace counts from its start."""
+    return TraceRequest(
+        request=f"{sample.request_id}/{sample.index}",
+        prompt_tokens=len(sample.prompt.tokens),
+        output_tokens=len(sample.output),
+        started=0.0 if math.isnan(sample.started) else sample.started,
+        finished=now,
+        drafted=int(sample.spec[DRAFTED]),
+        accepted=int(sample.spec[ACCEPTED]),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -52,6 +53,7 @@ class Sample:
     version_starts: list[tuple[int, int]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    started: float = math.nan  # on the clock of the trace that is being recorded
 
     @property
     def length(self) -> int:
