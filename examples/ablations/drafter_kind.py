@@ -64,7 +64,7 @@ def main() -> None:
                 f"{value:.2f}", (value, height), (3, 0), textcoords="offset points", va="center", size=8
             )
         side.margins(x=0.25)
-        side.set_xlabel("draft tokens rejected (%)\n1 − acceptance = TV")
+        side.set_xlabel("TV to the target (%),\n1 − acceptance per token")
 
     conclude(
         options,

@@ -151,7 +151,7 @@ def main() -> None:
             axis.legend(frameon=False, fontsize=9)
         left.set_yscale("symlog", linthresh=1)
         left.yaxis.set_major_formatter("{x:g}")
-        left.set_ylabel("padding, % of useful rows")
+        left.set_ylabel("padding and eager passes, % of useful rows")
         right.set_ylabel("graphs")
 
     results = {

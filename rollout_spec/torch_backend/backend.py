@@ -24,23 +24,22 @@ from rollout_spec.drafters.quantized import QuantizedSelfDrafter
 from rollout_spec.models.decoder import Decoder
 from rollout_spec.models.spec import ModelSpec
 from rollout_spec.observe.trace import TraceRecorder
-from rollout_spec.policy import calibration
-from rollout_spec.policy.automatic import AutomaticPolicy
-from rollout_spec.policy.baselines import Fixed, Off
+from rollout_spec.policy.baselines import Off
 from rollout_spec.policy.calibration import Calibration
 from rollout_spec.policy.records import Plan, Reason, SpeculationPolicy, StepOutcome, StepState, TraceRequest
 from rollout_spec.sampling import verify
 from rollout_spec.sampling.noise import row_keys
-from rollout_spec.sampling.pipeline import Processed, SamplingBatch, token_logprobs, top_logprobs
+from rollout_spec.sampling.pipeline import Processed, SamplingBatch, token_logprobs
 from rollout_spec.sampling.table import SamplingTable
-from rollout_spec.torch_backend.calibrate import BRIEF, calibration_key, measure
+from rollout_spec.torch_backend.choose_policy import choose_policy
 from rollout_spec.torch_backend.drafting import Drafts
 from rollout_spec.torch_backend.kv_cache import BlockPool, KVCache, OutOfBlocks
+from rollout_spec.torch_backend.outputs import cut_at_stop_strings, record_top_logprobs, record_versions
+from rollout_spec.torch_backend.pass_clock import PassClock
 from rollout_spec.torch_backend.probe import row_invariance
 from rollout_spec.torch_backend.runner import Block, Runner
 from rollout_spec.torch_backend.scheduler import Scheduler
 from rollout_spec.torch_backend.slots import ACCEPTED, DRAFTED, PLAIN_STEPS, VERIFY_STEPS, Sample, Slots
-from rollout_spec.torch_backend.stop_strings import tokens_up_to_stop
 from rollout_spec.torch_backend.weights import PolicyWeights, UpdateReport
 
 logger = logging.getLogger("rollout_spec")
@@ -56,34 +55,6 @@ class StepTimes:
     sample: float = 0.0
     total: float = 0.0
     steps: int = 0
-
-
-class _Clock:
-    """Times one pass and the drafting in it; on CUDA by events, read after the pass has synchronised."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events = (
-            [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-        )
-        self._start = self._drafting = time.perf_counter()
-        self._drafted = 0.0
-
-    def start_drafting(self) -> None:
-        self._drafting = time.perf_counter()
-        if self._events:
-            self._events[0].record()
-
-    def stop_drafting(self) -> None:
-        self._drafted = time.perf_counter() - self._drafting
-        if self._events:
-            self._events[1].record()
-
-    def read(self) -> tuple[float, float]:
-        """Seconds of drafting and of the whole pass so far; the device must be idle."""
-        total = time.perf_counter() - self._start
-        if self._events:
-            return self._events[0].elapsed_time(self._events[1]) / 1e3, total
-        return self._drafted, total
 
 
 class TorchBackend:
@@ -151,47 +122,8 @@ class TorchBackend:
         self.cache.clear()
         verifier = self.config.speculation.verifier
         self.coupled = verifier == "coupled" or (verifier == "auto" and self.row_invariant)
-        self._choose_policy()
+        self.policy, self.history, self.calibration = choose_policy(self)
         return report
-
-    def _choose_policy(self) -> None:
-        """Fixed draft lengths if the configuration says so, else decisions from measured costs."""
-        options = self.config.speculation
-        if options.draft_length is not None:
-            self.policy = Fixed(options.draft_length) if self.weights.drafter is not None else Off()
-            return
-        if self.weights.drafter is None and not options.history:
-            return
-        key = calibration_key(self)
-        self.calibration = calibration.cached(key)
-        if self.calibration is None:
-            began = time.perf_counter()
-            timings = measure(self, BRIEF)
-            if not timings:
-                logger.warning(
-                    "decoding plainly: max_model_len=%d and kv_cache_tokens=%d leave no room to measure what passes "
-                    "cost; raise them, or set speculation.draft_length",
-                    self.max_model_len,
-                    self.kv_tokens,
-                )
-                return
-            self.calibration = Calibration.of(key, timings, brief=True)
-            calibration.write(self.calibration, calibration.cache_path(key))
-            logger.info(
-                "calibrated briefly, in %.1f s: no calibration of this model on this machine was found; "
-                "`rollout-spec calibrate MODEL` makes a better one, once",
-                time.perf_counter() - began,
-            )
-        self.history = History(options.history_tokens) if options.history else None
-        self.policy = AutomaticPolicy(
-            self.calibration.cost_model,
-            objective=options.objective,
-            longest=options.longest_draft,
-            margin=options.margin,
-            probe_share=options.probe_share,
-            explore_share=options.explore_share,
-            seed=self.config.seed,
-        )
 
     def _kv_blocks(self) -> int:
         bs = self.config.block_size
@@ -304,7 +236,7 @@ class TorchBackend:
     # --- one decode pass -------------------------------------------------------------------------------
 
     def _decode(self, rows: np.ndarray) -> list[Sample]:
-        clock = _Clock(self.device)
+        clock = PassClock(self.device)
         state = self._state(rows)
         plan = self.policy.plan(state)
         state, plan = self._reserve(state, plan)
@@ -397,7 +329,7 @@ class TorchBackend:
         logprobs: Tensor,
         raw: Tensor,
         drafts: Drafts,
-        clock: _Clock,
+        clock: PassClock,
     ) -> list[Sample]:
         """Bring the verdict to the host, once, and record it."""
         rows, draft_lengths = state.slots, plan.draft_lengths
@@ -420,9 +352,13 @@ class TorchBackend:
             tried = int((behind >= 0).sum() - ((accepted == draft_lengths) & (behind >= 0)).sum())
             hits = int(behind.clip(0).sum())
             self.guard.observe(bool(drafts.healthy), tried + hits, hits, self.weights.version)
-        self._record_versions(rows, appended)
-        self._record_top_logprobs(rows, appended, raw, drafts)
-        self._check_stop_strings(rows, appended, ended)
+        record_versions(self.slots, rows, appended, self.weights.version)
+        if self.slots.top_logprobs[rows].any():
+            grid = raw if drafts.ragged is None else raw.squeeze(1)[drafts.ragged.place]
+            record_top_logprobs(self.slots, rows, appended, grid, self.spec.vocab_size)
+        if self.slots.stop_strings[rows].any():
+            assert self._decode_text is not None
+            self.generated_tokens -= cut_at_stop_strings(self.slots, rows, appended, ended, self._decode_text)
         if self.history is not None:
             self.history.extend(rows, tokens, appended)
         finished, done = self._finish(rows, ended)
@@ -462,54 +398,13 @@ class TorchBackend:
         if self.slots.broken[slot]:
             self.cache.wipe(freed)
 
-    def _record_versions(self, rows: np.ndarray, appended: np.ndarray) -> None:
-        version = self.weights.version
-        for row in np.nonzero(self.slots.version[rows] != version)[0].tolist():
-            slot = rows[row]
-            start = int(self.slots.length[slot] - appended[row] - self.slots.prompt_length[slot])
-            self._sample(slot).version_starts.append((start, version))
-            self.slots.version[slot] = version
-
-    def _record_top_logprobs(
-        self, rows: np.ndarray, appended: np.ndarray, raw: Tensor, drafts: Drafts
-    ) -> None:
-        wanting = np.nonzero(self.slots.top_logprobs[rows])[0].tolist()
-        if not wanting:
-            return
-        most = max(self._sample(rows[row]).params.logprobs or 0 for row in wanting)
-        if drafts.ragged is not None:
-            raw = raw.squeeze(1)[drafts.ragged.place[wanting]]
-        else:
-            raw = raw[wanting]
-        values, ids = top_logprobs(raw, min(most, self.spec.vocab_size))
-        for row, row_values, row_ids in zip(wanting, values.tolist(), ids.tolist(), strict=True):
-            sample = self._sample(rows[row])
-            for step in range(appended[row]):
-                pairs = zip(row_ids[step][: sample.params.logprobs], row_values[step], strict=False)
-                sample.top_logprobs.append(dict(pairs))
-
-    def _check_stop_strings(self, rows: np.ndarray, appended: np.ndarray, ended: np.ndarray) -> None:
-        for row in np.nonzero(self.slots.stop_strings[rows])[0].tolist():
-            slot = int(rows[row])
-            sample = self._sample(slot)
-            assert self._decode_text is not None
-            output = self.slots.tokens[slot, self.slots.prompt_length[slot] : self.slots.length[slot]]
-            new = min(int(appended[row]), len(output) - sample.params.min_tokens)
-            match = tokens_up_to_stop(output, new, sample.params.stop, self._decode_text)
-            if match is not None:
-                count, sample.stop_reason = match
-                del sample.top_logprobs[count:]
-                self.generated_tokens -= len(output) - count
-                self.slots.truncate(slot, int(self.slots.prompt_length[slot]) + count)
-                ended[row] = True
-
     def _finish(self, rows: np.ndarray, ended: np.ndarray) -> tuple[list[Sample], np.ndarray]:
         """The samples that are done, and which of `rows` they were."""
         finished = []
         done = ended | (self.slots.length[rows] >= self.slots.limit[rows])
         for row in np.nonzero(done)[0].tolist():
             slot = int(rows[row])
-            sample = self._sample(slot)
+            sample = self.slots.sample(slot)
             last = int(self.slots.tokens[slot, self.slots.length[slot] - 1])
             sample.finish_reason = FinishReason.STOP if ended[row] else FinishReason.LENGTH
             self._release(slot)
@@ -539,11 +434,6 @@ class TorchBackend:
 
     def _release(self, slot: int) -> None:
         self.scheduler.release(slot)
-
-    def _sample(self, slot: int) -> Sample:
-        sample = self.slots.samples[slot]
-        assert sample is not None
-        return sample
 
 
 def _traced(sample: Sample, now: float) -> TraceRequest:

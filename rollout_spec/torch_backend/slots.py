@@ -101,6 +101,12 @@ class Slots:
     def free_count(self) -> int:
         return len(self._free)
 
+    def sample(self, slot: int) -> Sample:
+        """The sample in a slot that is in use."""
+        sample = self.samples[slot]
+        assert sample is not None
+        return sample
+
     def occupy(self, sample: Sample, blocks: list[int], computed: int) -> int:
         """Give `sample` a slot with `blocks`, of whose tokens `computed` are in the cache."""
         slot = self._free.pop()
@@ -131,8 +137,7 @@ class Slots:
 
     def vacate(self, slot: int) -> tuple[Sample, list[int]]:
         """Take the sample out of its slot, its output with it; returns it and the blocks it held."""
-        sample = self.samples[slot]
-        assert sample is not None
+        sample = self.sample(slot)
         span = slice(self.prompt_length[slot], self.length[slot])
         sample.output = self.tokens[slot, span].copy()
         sample.logprobs = self.logprobs[:, slot, span].copy()
