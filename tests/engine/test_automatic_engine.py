@@ -171,7 +171,7 @@ def test_an_aborted_sample_teaches_history_nothing(make_engine, prompts, cache):
     generate(engine, prompts[:1])
     held = engine.backend.history.stats().answers
     samples = engine._submit(
-        *engine._reader.read(prompts[1:2], SamplingParams(max_tokens=60), None, None, ["x"])
+        *engine._reader.read(prompts[1:2], SamplingParams(max_tokens=60, ignore_eos=True), None, None, ["x"])
     )
     for _ in range(3):
         engine._advance()
