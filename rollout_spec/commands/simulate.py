@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,14 +77,11 @@ def _costs(name: str) -> CostModel:
     for device in DEVICES.values():
         if device.name.lower().split("-")[0] == name.lower():
             return from_datasheet(device, QWEN2_5_7B)
-    try:
-        return CostModel.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
-    except OSError as error:
+    if not Path(name).is_file():
         raise invalid(
-            "--cost", name, f"give a100, h100, h200, h20 or a calibration file ({error})"
-        ) from error
-    except ValueError as error:
-        raise invalid("--cost", name, f"not a calibration file ({error})") from error
+            "--cost", name, "give a100, h100, h200, h20, or a file of `rollout-spec calibrate --out`"
+        )
+    return calibration.read(Path(name)).cost_model
 
 
 def _drafted_by(workload: Workload, drafters: tuple[str, ...]) -> Workload:

@@ -123,7 +123,7 @@ def test_automatic_speculation_changes_no_token(make_engine, prompts, cache, ver
 
 def test_history_helps_in_the_second_epoch_and_survives_an_update(make_engine, model, prompts, cache):
     engine = automatic(make_engine, max_num_seqs=4)
-    engine.backend.weights.drafter = None  # history alone
+    engine.backend.policy = Fixed(6, drafter=HISTORY)
     params = SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.0)
     first = engine.generate(prompts, params)
     drafted = engine.stats().spec.accepted
@@ -186,3 +186,11 @@ def test_modes_of_the_trace_name_history(make_engine, prompts, cache):
     engine.start_trace()
     generate(engine, prompts)
     assert {step.mode for step in engine.stop_trace().steps} == {"plain", HISTORY}
+
+
+def test_verify_passes_are_measured_without_a_drafter_too(make_engine, prompts, cache):
+    engine = make_engine(speculation={"drafter": "none", "draft_length": None})
+    timings = engine.backend.calibration.timings
+    assert {timing.kind for timing in timings} == {"target"}
+    assert {timing.rows // timing.batch for timing in timings} == {1, 2, 6}
+    generate(engine, prompts)
