@@ -89,6 +89,7 @@ class LongTail:
         self._tuning = _stratified(batch, 8, seed + 1)
         self._texts: list[Completion] = []
         self._alpha = 0.0
+        self._answers: list[Completion] = []  # of the first epoch
         self._plain: dict[str, list[list[int]]] = {}
 
     def run(self) -> None:
@@ -145,6 +146,8 @@ class LongTail:
                 policies[name].after_update()  # a draw is an RL step
                 tokens = [completion.token_ids for completion in completions]
                 expected = self._plain.setdefault(ids[0], tokens)
+                if epoch == "epoch 1" and name == "plain":
+                    self._answers += completions
                 if draw >= 2:
                     run = runs[name]
                     run.seconds.append(seconds)
@@ -200,10 +203,11 @@ class LongTail:
     def _second_epoch(self) -> None:
         """The same prompts again, with other noise and the same weights, and the first epoch's answers in memory."""
         history = History()
-        self.engine.backend.history = history
-        for row in range(0, len(self._prompts), 8):
-            texts = self._prompts[row : row + 8]
-            self._rollout(Off(), texts, [f"first-{row + i}" for i in range(len(texts))])
+        for completion in self._answers:
+            tokens = np.array([completion.token_ids])
+            history.begin(0, np.array(completion.prompt_token_ids))
+            history.extend(np.zeros(1, np.int64), tokens, np.array([tokens.size]))
+            history.finish(0)
         self._epoch(
             "epoch 2",
             {"plain": Off(), "automatic, all drafters": self._automatic()},

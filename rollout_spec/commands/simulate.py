@@ -12,6 +12,7 @@ from rich.table import Table
 
 from rollout_spec.contracts import invalid
 from rollout_spec.observe.report import EvidenceLevel, Report, finish, report_options
+from rollout_spec.policy import calibration
 from rollout_spec.policy.baselines import EfficientRollout, Fixed, Off, TLTBandit
 from rollout_spec.policy.cost_model import TARGET, CostModel
 from rollout_spec.policy.devices import DEVICES, QWEN2_5_7B, from_datasheet
