@@ -211,7 +211,7 @@ class TorchBackend:
             return self.runner.score(model, tokens, blocks)
         finally:
             # A NaN left here would be read behind a mask.
-            self.cache.wipe([*blocks, self.cache.scratch_block])
+            self.cache.wipe(blocks)
             self.pool.free(blocks)
 
     def _drafter_follows(self) -> None:
@@ -374,8 +374,8 @@ class TorchBackend:
     def _contain_nans(self, rows: np.ndarray, logprobs: np.ndarray, emitted: np.ndarray) -> None:
         """Where the policy itself gives NaN: say so once per version, and let no other sequence read it.
 
-        Masked cache entries are read, too, with weight zero. The scratch block is zeroed now, the sequence's own
-        blocks when it gives them up.
+        Masked cache entries are read, too, with weight zero: the sequence's own blocks are zeroed when it gives
+        them up.
         """
         meant = np.arange(logprobs.shape[2]) < emitted[:, None]
         broken = ~(np.isfinite(logprobs[0]) | ~meant).all(1)
@@ -388,7 +388,6 @@ class TorchBackend:
                 self.weights.version,
             )
         self.slots.broken[rows[broken]] = True
-        self.cache.wipe([self.cache.scratch_block])
 
     def _on_release(self, slot: int, sample: Sample, freed: list[int]) -> None:
         self.table.release(slot)
