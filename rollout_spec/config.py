@@ -101,7 +101,7 @@ class EngineConfig:
         kv_cache_bytes: Upper limit of the KV cache in bytes when `kv_cache_tokens` is None.
         block_size: Tokens per KV block.
         prefill_chunk: Most prompt tokens prefilled between two decode steps.
-        graph_bytes: Budget of captured CUDA graphs in bytes; None: 2 GiB on CUDA, and none on a CPU; 0: none.
+        graph_bytes: Budget of captured CUDA graphs in bytes; None: 4 GiB on CUDA, and none on a CPU; 0: none.
         speculation: See `SpeculationConfig`.
     """
 

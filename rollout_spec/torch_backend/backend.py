@@ -336,8 +336,12 @@ class TorchBackend:
 
     def _propose(self, drafter: Drafter, drafts: Drafts) -> Proposal | None:
         """What the drafter proposes, or None if it raised."""
-        captured = None if self.graphs is None else self.graphs.propose(drafts)
-        return self.guard.propose(drafter, drafts.round) if captured is None else captured
+
+        def run() -> Proposal:
+            captured = None if self.graphs is None else self.graphs.propose(drafts)
+            return drafter.propose(drafts.round) if captured is None else captured
+
+        return self.guard.propose(drafter, run)
 
     def _process(self, batch: SamplingBatch, raw: Tensor, drafts: Drafts) -> Processed:
         """The processed distribution of the block's rows, or of those that are computed."""

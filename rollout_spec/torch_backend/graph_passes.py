@@ -62,7 +62,7 @@ from rollout_spec.torch_backend.runner import Block
 if TYPE_CHECKING:
     from rollout_spec.torch_backend.backend import TorchBackend
 
-DEFAULT_BYTES = 2 << 30
+DEFAULT_BYTES = 4 << 30  # planned; as driver memory per kernel is counted, most likely more than it takes
 _SHORTEST_CONTEXT, _CONTEXT_STEP = 1024, 4
 _MOST_ROWS = 512  # of a verify pass that is expected: with more, launches hardly count
 
@@ -254,25 +254,31 @@ class GraphPasses:
         )
 
     def _plan(self, table_blocks: int, budget_bytes: int) -> GraphPlan | None:
-        """For as many sequences, at most, as plain decoding can be captured for; None if not even for one."""
+        """For batches so large that plain decoding of the largest takes a quarter, or for one; None if that is too much.
+
+        Larger batches run eagerly: they gain least from graphs and would take what the tail of a rollout needs.
+        """
         cost, batch = self._cost(table_blocks), self._backend.config.max_num_seqs
-        while batch and cost.nbytes([Graph(Kind(DECODE, 1), batch)]) > budget_bytes:
+
+        def decoding(batch: int) -> int:
+            return cost.nbytes([Graph(Kind(DECODE, 1), batch)])
+
+        while batch > 1 and decoding(batch) > budget_bytes // 4:
             batch //= 2
-        if not batch:
+        if decoding(batch) > budget_bytes:
             return None
         lengths = self._draft_lengths()
         return plan_graphs(strategies(lengths), batch, expected_passes(batch, lengths), cost, budget_bytes)
 
     def _draft_lengths(self) -> list[int]:
-        """K of the draft loops worth capturing: the fixed one, or 2^i and 3 * 2^i up to the longest."""
+        """K of the draft loops worth capturing: the fixed one, or 2^i up to the longest, and that."""
         options = self._backend.config.speculation
         if not isinstance(self._backend.weights.drafter, QuantizedSelfDrafter):
             return []
         if options.draft_length is not None:
             return [options.draft_length]
-        return sorted(
-            {min(padded_blocks(k), options.longest_draft) for k in range(1, options.longest_draft + 1)}
-        )
+        longest = options.longest_draft
+        return sorted({min(1 << (k - 1).bit_length(), longest) for k in range(1, longest + 1)})
 
     def _fields(self, table_blocks: int) -> dict[str, Field]:
         vocab_size = self._backend.spec.vocab_size
