@@ -232,6 +232,24 @@ def test_calibrated_on_graphs(make_engine, graphs_of, monkeypatch, tmp_path, pro
     assert outputs(engine, prompts) == expected
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("drafter", ["nf4", "int8", "dense"])
+@pytest.mark.parametrize("verifier", ["coupled", "rejection"])
+def test_captured_on_a_gpu(make_engine, prompts, caplog, verifier, drafter):
+    """Tokens may part at near-ties, so the first ones are compared; nothing may have refused to be captured."""
+    options = {"device": "cuda", "speculation": {"drafter": drafter, "verifier": verifier}}
+    params = SamplingParams(max_tokens=6)
+    engines = [make_engine(graph_bytes=budget, **options) for budget in (0, AMPLE)]
+    for between in (lambda engine: None, update, lambda engine: (engine.sleep(), engine.wake_up())):
+        found = []
+        for engine in engines:
+            between(engine)
+            found.append([tokens[:2] for tokens, *_ in outputs(engine, prompts, params, Fixed(4))])
+        assert found[0] == found[1]
+    assert ran(engines[1], DRAFT)[0] and ran(engines[1], VERIFY)[0]
+    assert not [record for record in caplog.records if "eagerly" in record.message]
+
+
 # --- planning --------------------------------------------------------------------------------------------
 
 
@@ -243,7 +261,8 @@ def test_calibrated_on_graphs(make_engine, graphs_of, monkeypatch, tmp_path, pro
         ({"draft_length": None, "longest_draft": 7}, [1, 2, 4, 7]),
     ],
 )
-def test_what_is_planned(make_engine, speculation, widths):
+def test_what_is_planned(make_engine, monkeypatch, tmp_path, speculation, widths):
+    monkeypatch.setenv("ROLLOUT_SPEC_CACHE", str(tmp_path))
     backend = make_engine(speculation=speculation, max_num_seqs=8).backend
     (pool,) = GraphPasses(backend, AMPLE)._pools.values()
     sizes = pool.plan.buckets
