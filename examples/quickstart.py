@@ -82,7 +82,8 @@ def main(policy: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    # The drafter is a 4-bit copy of the policy, made here and again at every weight update.
+    # The drafter is an 8-bit copy of the policy, made here and again at every weight update. Whether it drafts is
+    # decided before every pass, from costs that the first start takes a few seconds to measure.
     engine = RolloutEngine.from_pretrained(policy, dtype="float32", seed=0, speculation={"drafter": "int8"})
 
     print("1. a group of rollouts")

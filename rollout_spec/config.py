@@ -32,7 +32,7 @@ class SpeculationConfig:
 
     Attributes:
         drafter: Kind of the quantized copy of the policy that drafts: `nf4`, `int4`, `int8`, `dense` (not
-            quantized: a control), `auto` (times the kinds on this machine) or `none` (plain decoding).
+            quantized: a control), `auto` (times the kinds on this machine) or `none` (history alone, or plain decoding).
         draft_length: Draft tokens `K` per verification; None: decided before every pass, from measured costs.
         longest_draft: Largest `K` considered when `draft_length` is None.
         objective: What is decided for: `makespan` (the batch is done soonest: stragglers get longer drafts) or

@@ -59,7 +59,7 @@ class EngineStats:
         drafter: Kind of the drafter in use, or None (off, or set aside).
         reports: Why drafters were set aside, if any were.
         calibration: Where the automatic policy's costs come from: `full` (`rollout-spec calibrate`), `brief` (the
-            engine's own), or None (a fixed draft length, or no speculation).
+            engine's own), or None (a fixed draft length, no speculation, or no room to measure).
         canary_acceptance: Acceptance on recent contexts after the last update; None if not measured.
         live, waiting: Sequences being decoded, and waiting.
         kv_tokens, kv_tokens_free: Capacity of the KV cache and what of it is free, in tokens.

@@ -43,7 +43,7 @@ def run(name: str, out: Path, cache: Path) -> Report:
             {"always on", "on while B ≤ 1", "EfficientRollout", "TLT bandit", "automatic"},
             "always on",
         ),
-        ("verifier", {"coupled, noise 0.3", "rejection, noise 0.3"}, "rejection, noise 0.3"),
+        ("verifier", {"coupled, noise 0.4", "rejection, noise 0.4"}, "rejection, noise 0.4"),
         ("history_sources", {"own text", "+ siblings", "+ earlier epochs"}, None),
         ("objective", {"makespan", "throughput", "plain, again"}, None),
     ],
@@ -63,7 +63,7 @@ def test_rollouts(name, cases, speculating, tmp_path, cache):
     if name == "drafter_kind":
         assert 0.9 < found["int8"]["acceptance"] <= 1
     if name == "verifier":
-        assert 0 < found["coupled, noise 0.3"]["acceptance_per_token"] <= 1
+        assert 0 < found["coupled, noise 0.4"]["acceptance_per_token"] <= 1
     if name == "history_sources":
         right = {case: found[case]["share_of_tokens_history_had_right"] for case in sorted(cases)}
         assert (

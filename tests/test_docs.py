@@ -18,11 +18,14 @@ from rollout_spec.contracts import Completion, RolloutSpecError, SamplingParams,
 from rollout_spec.drafters.guard import DrafterReport
 from rollout_spec.engine import EngineStats, RolloutEngine
 from rollout_spec.observe.report import Check, EvidenceLevel, ExactnessLevel, Machine, Report
+from rollout_spec.policy.records import Reason
+from rollout_spec.policy.workloads import SYNTHETIC
 from rollout_spec.torch_backend.backend import StepTimes
 from rollout_spec.torch_backend.weights import UpdateReport
 
 ROOT = Path(__file__).resolve().parents[1]
 API, LOSSLESSNESS = ROOT / "docs" / "api.md", ROOT / "docs" / "losslessness.md"
+POLICY = ROOT / "docs" / "policy.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IDS = [page.name for page in PAGES]
 FOLDERS = (
@@ -119,6 +122,13 @@ def test_levels_of_exactness_are_defined() -> None:
     assert levels == [level.value for level in ExactnessLevel]
 
 
+def test_reasons_and_synthetic_workloads_are_listed() -> None:
+    assert [row[0].strip("`") for row in rows(section(POLICY, "Reasons"))] == [
+        reason.value for reason in Reason
+    ]
+    assert not [name for name in SYNTHETIC if f"`{name}`" not in section(POLICY, "Simulator")]
+
+
 def test_every_method_of_the_engine_is_described() -> None:
     methods = [name for name in vars(RolloutEngine) if not name.startswith("_")]
     assert {"from_pretrained", "generate", "update_weights"} <= set(methods)
@@ -136,7 +146,7 @@ def test_every_error_of_the_package_is_in_the_table() -> None:
 def test_every_command_and_option_is_in_the_table() -> None:
     documented = {}
     for name, _, options in rows(section(API, "Command line")):
-        documented[name.strip("`").removeprefix("rollout-spec ").split(" MODEL")[0].split(" [")[0]] = options
+        documented[re.sub(r" \[?[A-Z]+\]?$", "", name.strip("`").removeprefix("rollout-spec "))] = options
     found = {}
     for name in COMMANDS:
         command = main.get_command(click.Context(main), name)

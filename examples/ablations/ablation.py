@@ -129,7 +129,7 @@ def load_engine(options: Options, **speculation: Any) -> RolloutEngine:
         dtype=options.dtype,
         seed=options.seed,
         max_num_seqs=max(16, options.requests * options.group),
-        max_model_len=1024 if options.model else 768,
+        max_model_len=max(768, options.tokens + 256),
         speculation={"drafter": options.drafter, **fixed, **speculation},
     )
     if engine.tokenizer is None:

@@ -101,7 +101,9 @@ def main() -> None:
         left.set(
             xlim=(0, 1), xlabel="tokens that history had right, by source\n(share of all, drafted or not)"
         )
-        left.legend(frameon=False, fontsize=8, loc="lower right")
+        left.legend(
+            frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0
+        )
         draw_speedups(right, found, AGAIN)
 
     conclude(

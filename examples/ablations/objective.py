@@ -55,7 +55,7 @@ def median_run(runs: list[Run]) -> Run:
 
 
 def main() -> None:
-    options = read_options("objective", __doc__)
+    options = read_options("objective", __doc__, requests=16)
     engine = load_engine(options)
     drafter = engine.backend.weights.drafter
     costs = cost_model(engine, options, drafter)
@@ -83,7 +83,8 @@ def main() -> None:
     def draw(figure: Figure) -> None:
         title(figure, f"What to decide for? ({work.samples} samples)")
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        curves = {"plain": found[OBJECTIVES[0]].baseline} | {name: found[name].runs for name in OBJECTIVES}
+        curves = {"plain decoding": found[OBJECTIVES[0]].baseline}
+        curves |= {f"decided for {name}": found[name].runs for name in OBJECTIVES}
         for (name, runs), colour in zip(curves.items(), (MUTED, *COLOURS)):
             live, seconds = zip(*_passes(median_run(list(runs))))
             left.stairs(
@@ -95,7 +96,7 @@ def main() -> None:
                 baseline=None,
             )
         left.set(xlabel="seconds, in the median run", ylabel="live samples", ylim=(0, None), xlim=(0, None))
-        left.legend(frameon=False, fontsize=9, title="decided for", title_fontsize=9)
+        left.legend(frameon=False, fontsize=9)
         for name, colour, shift in zip(OBJECTIVES, COLOURS, (-0.12, 0.12)):
             comparison, row = found[name], rows[name]["mean_completion_ratio"]
             draw_point(right, shift, comparison, colour)
@@ -104,6 +105,9 @@ def main() -> None:
                 [1 + shift], [row["median"]], error, fmt="o", color=colour, ms=6, capsize=3, lw=1.4
             )
         right.axhline(1, color="black", lw=1)
+        noise = found[AGAIN].paired.spread
+        right.axhspan(*noise, color=MUTED, alpha=0.18, lw=0, label="makespan, plain against plain")
+        right.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
         right.set_xticks([0, 1], ["makespan", "mean completion\ntime"])
         right.set(xlim=(-0.5, 1.5), ylabel="speedup over plain decoding, median and range")
 

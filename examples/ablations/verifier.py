@@ -36,7 +36,7 @@ from rollout_spec.policy.baselines import Fixed
 from rollout_spec.policy.records import Plan, StepOutcome, StepState
 
 DRAFT_LENGTH = 4
-NOISE = (0.0, 0.15, 0.3)  # standard deviations of the weights
+NOISE = (0.0, 0.2, 0.4)  # standard deviations of the weights
 VERIFIERS = ("coupled", "rejection")
 
 
@@ -57,7 +57,7 @@ class CountingTries(Fixed):
 
 
 def main() -> None:
-    options = read_options("verifier", __doc__, tokens=64)
+    options = read_options("verifier", __doc__, tokens=128)
     engine = load_engine(options)
     backend = engine.backend
     if backend.weights.drafter is None:

@@ -24,9 +24,8 @@ from rollout_spec.policy.records import SpeculationPolicy
 from rollout_spec.policy.simulator import makespan, simulate
 from rollout_spec.policy.workloads import Workload, from_lengths
 
-_SAMPLES = 4  # of every prompt: a GRPO group
 _LONGEST, _PROMPT = 512, 16  # tokens; prompts are about as long
-_DEGRADED = (0.96, 0.90)
+_DEGRADED, _DEGRADED_DRAWS = (0.96, 0.90), 8
 _GRID_K, _GRID_BATCH = (1, 2, 3, 4, 5, 6, 8, 10, 12), (1, 2, 4, 8, 16, 32)
 
 
@@ -45,8 +44,21 @@ class Rollouts:
     differing: int = 0
 
 
+def _stratified(count: int, draws: int, seed: int) -> list[str]:
+    """Prompts for `draws` rollouts of `count` prompts, each rollout with its share of short and of long ones.
+
+    Answers are about as long as their problem is large, and few prompts drawn blindly often hold no long one: of
+    each rollout's prompts, one comes from every 1/count of a large sample ordered by length.
+    """
+    pool = sorted(load_problems().prompts(64 * count * draws, seed, "test"), key=len)
+    rng = np.random.default_rng(seed)
+    share = len(pool) // count
+    rollouts = [[pool[row * share + rng.integers(share)] for row in range(count)] for _ in range(draws)]
+    return [prompt for rollout in rollouts for prompt in rollout]
+
+
 class LongTail:
-    """Rollouts of `batch` samples, drawn anew `draws` times; every way of deciding gets the same draws, in turn.
+    """Rollouts of `batch` prompts, one sample of each, drawn anew `draws` times; every way of deciding gets the same draws, in turn.
 
     The policies with a memory keep it from draw to draw, as in use; before the first counted draw all have had
     two of their own.
@@ -73,11 +85,11 @@ class LongTail:
             "exactness": self.engine.stats().exactness,
             "calibration": {"brief": calibration.brief, "costs": self.costs.to_dict()},
         }
-        problems = load_problems()
-        self._prompts = problems.prompts((draws + 2) * batch // _SAMPLES, seed, "test")
-        self._tuning = problems.prompts(8 * batch // _SAMPLES, seed + 1, "test")
+        self._prompts = _stratified(batch, draws + 2, seed)
+        self._tuning = _stratified(batch, 8, seed + 1)
         self._texts: list[Completion] = []
         self._alpha = 0.0
+        self._answers: list[Completion] = []  # of the first epoch
         self._plain: dict[str, list[list[int]]] = {}
 
     def run(self) -> None:
@@ -104,7 +116,7 @@ class LongTail:
             self._epoch(
                 f"acceptance {acceptance}",
                 {"plain": Off(), "automatic, self-drafter": self._automatic()},
-                self._prompts,
+                self._prompts[: (_DEGRADED_DRAWS + 2) * self.batch],
             )
         perturb(self.engine, 0.0)
 
@@ -121,12 +133,11 @@ class LongTail:
         history: dict[str, History] | None = None,
     ) -> tuple[dict[str, Rollouts], list[list[int]]]:
         runs = {name: Rollouts([], SpecCounts()) for name in policies}
-        groups = self.batch // _SAMPLES
-        draws = len(prompts) // groups
+        draws = len(prompts) // self.batch
         lengths: list[list[int]] = []
         for draw in range(draws):
-            texts = prompts[draw * groups : (draw + 1) * groups]
-            ids = [f"{epoch}-{self.batch}-{draw}-{row}" for row in range(groups)]
+            texts = prompts[draw * self.batch : (draw + 1) * self.batch]
+            ids = [f"{epoch}-{self.batch}-{draw}-{row}" for row in range(self.batch)]
             names = list(policies)
             for name in names[draw % len(names) :] + names[: draw % len(names)]:
                 self.engine.backend.history = (history or {}).get(name)
@@ -135,6 +146,8 @@ class LongTail:
                 policies[name].after_update()  # a draw is an RL step
                 tokens = [completion.token_ids for completion in completions]
                 expected = self._plain.setdefault(ids[0], tokens)
+                if epoch == "epoch 1" and name == "plain":
+                    self._answers += completions
                 if draw >= 2:
                     run = runs[name]
                     run.seconds.append(seconds)
@@ -151,9 +164,7 @@ class LongTail:
     ) -> tuple[float, list[Completion]]:
         self.engine.backend.policy = policy
         start = time.perf_counter()
-        completions = self.engine.generate(
-            list(texts), SamplingParams(max_tokens=_LONGEST), n=_SAMPLES, request_ids=ids
-        )
+        completions = self.engine.generate(list(texts), SamplingParams(max_tokens=_LONGEST), request_ids=ids)
         return time.perf_counter() - start, completions
 
     def _report(self, epoch: str, runs: dict[str, Rollouts]) -> None:
@@ -192,10 +203,11 @@ class LongTail:
     def _second_epoch(self) -> None:
         """The same prompts again, with other noise and the same weights, and the first epoch's answers in memory."""
         history = History()
-        self.engine.backend.history = history
-        for row in range(0, len(self._prompts), 8):
-            texts = self._prompts[row : row + 8]
-            self._rollout(Off(), texts, [f"first-{row + i}" for i in range(len(texts))])
+        for completion in self._answers:
+            tokens = np.array([completion.token_ids])
+            history.begin(0, np.array(completion.prompt_token_ids))
+            history.extend(np.zeros(1, np.int64), tokens, np.array([tokens.size]))
+            history.finish(0)
         self._epoch(
             "epoch 2",
             {"plain": Off(), "automatic, all drafters": self._automatic()},
@@ -207,10 +219,10 @@ class LongTail:
 
     def _tuning_workload(self) -> list[Workload]:
         """Rollouts on other prompts: real lengths, and the acceptance measured on them."""
-        policy, groups = Fixed(6), self.batch // _SAMPLES
-        for draw in range(len(self._tuning) // groups):
-            texts = self._tuning[draw * groups : (draw + 1) * groups]
-            ids = [f"tuning-{draw}-{row}" for row in range(groups)]
+        policy = Fixed(6)
+        for draw in range(len(self._tuning) // self.batch):
+            texts = self._tuning[draw * self.batch : (draw + 1) * self.batch]
+            ids = [f"tuning-{draw}-{row}" for row in range(self.batch)]
             self._texts += self._rollout(policy, texts, ids)[1]
         spec = sum((completion.spec for completion in self._texts), SpecCounts())
         tried = spec.accepted + spec.verify_steps * (1 - spec.accepted / spec.drafted)

@@ -1,4 +1,4 @@
-"""The measurements behind `rollout-spec bench never-slower` and `bench toggling`."""
+"""The measurements behind `rollout-spec bench never-slower`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class NeverSlower:
         self._sweep("useful drafter", lambda: None)
 
     def useless(self) -> None:
-        """With a drafter that is never right, met anew in every run: nothing is known of it."""
+        """With a drafter that is never right; the policy starts out expecting it to be useful."""
         perturb(self.engine, _USELESS, self.seed)
         self._sweep("useless drafter", lambda: None)
         perturb(self.engine, 0.0)

@@ -17,6 +17,7 @@ from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, re
 from rollout_spec.policy import calibration
 from rollout_spec.policy.calibration import Calibration
 from rollout_spec.torch_backend.calibrate import FULL, calibration_key, measure
+from rollout_spec.torch_backend.weights import TYPICAL_LENGTH
 
 _LARGEST_ERROR = 0.10  # median relative error of predicted times on configurations left out of the fit
 
@@ -62,7 +63,7 @@ def command(
             dtype=dtype,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            speculation={"drafter": drafter, "verifier": verifier, "draft_length": 1},
+            speculation={"drafter": drafter, "verifier": verifier, "draft_length": TYPICAL_LENGTH},
         )
         grid = replace(FULL, seconds=seconds)
         timings = measure(engine.backend, grid, lambda text: status.update(f"measuring {text}"))

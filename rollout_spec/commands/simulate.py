@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from rollout_spec.contracts import invalid
 from rollout_spec.observe.report import EvidenceLevel, Report, finish, report_options
+from rollout_spec.policy import calibration
 from rollout_spec.policy.baselines import EfficientRollout, Fixed, Off, TLTBandit
 from rollout_spec.policy.cost_model import TARGET, CostModel
 from rollout_spec.policy.devices import DEVICES, QWEN2_5_7B, from_datasheet
@@ -78,14 +78,11 @@ def _costs(name: str) -> CostModel:
     for device in DEVICES.values():
         if device.name.lower().split("-")[0] == name.lower():
             return from_datasheet(device, QWEN2_5_7B)
-    try:
-        return CostModel.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
-    except OSError as error:
+    if not Path(name).is_file():
         raise invalid(
-            "--cost", name, f"give a100, h100, h200, h20 or a calibration file ({error})"
-        ) from error
-    except ValueError as error:
-        raise invalid("--cost", name, f"not a calibration file ({error})") from error
+            "--cost", name, "give a100, h100, h200, h20, or a file of `rollout-spec calibrate --out`"
+        )
+    return calibration.read(Path(name)).cost_model
 
 
 def _drafted_by(workload: Workload, drafters: tuple[str, ...]) -> Workload:

@@ -81,10 +81,7 @@ class AutomaticPolicy:
         names = [name for name in cost_model.passes if name != TARGET]
         arms = [_PLAIN, HISTORY, *names, *(f"{HISTORY}+{name}" for name in names)]
         self.arbiter = Arbiter(arms, explore_share=explore_share)
-        self.acceptance = {
-            name: AcceptanceTracker(longest, prior=0.5 if name == HISTORY else 0.8)
-            for name in [HISTORY, *names]
-        }
+        self.acceptance = {name: AcceptanceTracker(longest) for name in names}
         self._rng = np.random.default_rng(seed)
         self._mode = _PLAIN
         self._weights = np.zeros(0)
@@ -223,7 +220,7 @@ class AutomaticPolicy:
             if plan.drafter is not None:
                 expected = self.costs.drafting(plan.drafter, context, own, plan.from_history)
                 self.costs.observe(plan.drafter, batch, expected, outcome.draft_seconds)
-            self._learn_acceptance(state, plan, outcome, own)
+                self._learn_acceptance(plan.drafter, state, plan, outcome, own)
             if self._predicted is not None and outcome.seconds > 0:
                 arm, predicted, plain_seconds = self._predicted
                 worth = float(self._weights @ np.minimum(outcome.accepted + 1, state.allowed))
@@ -233,20 +230,19 @@ class AutomaticPolicy:
             self.lengths.observe((state.outputs + outcome.emitted)[outcome.finished])
             self.forget(gone)
 
-    def _learn_acceptance(self, state: StepState, plan: Plan, outcome: StepOutcome, own: np.ndarray) -> None:
-        history = plan.from_history
-        if history.any():
-            self.acceptance[HISTORY].observe(state.slots, history, np.minimum(outcome.accepted, history))
-        if plan.drafter is not None:
-            reached = outcome.accepted >= history
-            drafted = np.where(reached, own, 0)
-            self.acceptance[plan.drafter].observe(
-                state.slots, drafted, np.where(reached, outcome.accepted - history, 0)
-            )
+    def _learn_acceptance(
+        self, drafter: str, state: StepState, plan: Plan, outcome: StepOutcome, own: np.ndarray
+    ) -> None:
+        reached = outcome.accepted >= plan.from_history
+        self.acceptance[drafter].observe(
+            state.slots,
+            np.where(reached, own, 0),
+            np.where(reached, outcome.accepted - plan.from_history, 0),
+        )
 
     def after_update(self) -> None:
-        for name, tracker in self.acceptance.items():
-            tracker.discount(1.0 if name == HISTORY else _KEPT_BY_UPDATE)
+        for tracker in self.acceptance.values():
+            tracker.discount(_KEPT_BY_UPDATE)
         self.arbiter.discount(_KEPT_BY_UPDATE)
 
     def _fade(self) -> None:

@@ -54,7 +54,6 @@ class StepTimes:
     prefill: float = 0.0
     draft: float = 0.0
     target: float = 0.0
-    sample: float = 0.0
     total: float = 0.0
     steps: int = 0
 

@@ -7,7 +7,7 @@ sampling and host work included. Configurations of one batch are interleaved, an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ import torch
 
 from rollout_spec.contracts import SamplingParams
 from rollout_spec.drafters.guard import DrafterGuard
+from rollout_spec.drafters.history import History
 from rollout_spec.observe.machine import cpu_model, installed_versions
 from rollout_spec.policy.baselines import Off
 from rollout_spec.policy.cost_model import TARGET
-from rollout_spec.policy.records import PassTiming, Plan, Reason, StepOutcome, StepState
+from rollout_spec.policy.records import Matches, PassTiming, Plan, Reason, StepOutcome, StepState
 from rollout_spec.sampling.noise import fold
 from rollout_spec.torch_backend.slots import Sample
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from rollout_spec.torch_backend.backend import TorchBackend
 
 _MOST_ROWS = 640  # rows of one verify pass
-_ROUNDS = 3  # the first warms up
+_ROUNDS = 4  # the first warms up
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Grid:
     seconds: float
 
 
-FULL = Grid((1, 2, 4, 8, 16, 32, 64, 128), (32, 256, 768), (1, 3, 6, 12), 60.0)
+FULL = Grid((1, 2, 4, 8, 16, 32, 64, 128), (32, 256, 768), (1, 4, 10), 60.0)
 BRIEF = Grid((1, 4, 16), (32, 256), (1, 5), 4.0)
 
 
@@ -141,11 +142,14 @@ def _samples(backend: TorchBackend, batch: int, context: int) -> list[Sample]:
 
 
 class _Schedule:
-    """Goes through the draft lengths in turn, all sequences alike."""
+    """Goes through the draft lengths in turn, all sequences alike.
+
+    Without a drafter history drafts, so that verify passes are measured all the same.
+    """
 
     def __init__(self, drafters: Sequence[str], draft_lengths: Sequence[int]) -> None:
         self._drafter = drafters[0] if drafters else None
-        self._lengths = [0, *(draft_lengths if drafters else ())] * _ROUNDS
+        self._lengths = [0, *draft_lengths] * _ROUNDS
         self._first = len(self._lengths) // _ROUNDS
         self._next = self._kv_tokens = 0
         self.timings: list[PassTiming] = []
@@ -160,6 +164,8 @@ class _Schedule:
             return Plan.plain(batch, Reason.FIXED)
         length = self._lengths[self._next]
         zeros = np.zeros(batch, np.int64)
+        if self._drafter is None:
+            return Plan(zeros + length, zeros + length, None, Reason.FIXED)
         return Plan(zeros + length, zeros, self._drafter if length else None, Reason.FIXED)
 
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
@@ -173,8 +179,7 @@ class _Schedule:
         if self._next >= self._first and drafted == wanted:
             rows = batch + int(plan.draft_lengths.sum())
             self.timings.append(PassTiming(TARGET, batch, rows, kv_tokens, outcome.target_seconds))
-            if drafted:
-                assert plan.drafter is not None
+            if plan.drafter is not None:
                 seconds = outcome.draft_seconds / drafted
                 self.timings.append(PassTiming(plan.drafter, batch, batch, kv_tokens, seconds))
         self._next += 1
@@ -186,13 +191,38 @@ class _Schedule:
         pass
 
 
+class _Nonsense(History):
+    """Proposes token 0 for as long as one likes."""
+
+    def __init__(self) -> None:
+        super().__init__(max_tokens=1)
+
+    def begin(
+        self, slot: int, prompt: np.ndarray, output: np.ndarray | None = None, group: Hashable = None
+    ) -> None:
+        pass
+
+    def extend(self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray) -> None:
+        pass
+
+    def finish(self, slot: int, keep: bool = True) -> None:
+        pass
+
+    def match(self, slots: np.ndarray, limits: np.ndarray) -> Matches:
+        return Matches(limits, np.zeros(len(slots)))
+
+    def propose(self, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        return np.zeros((len(slots), int(counts.max())), np.int64)
+
+
 @contextmanager
 def _undisturbed(backend: TorchBackend) -> Iterator[None]:
     """Keep what calibration would disturb: policy, guard, history, trace and counters."""
     kept = backend.policy, backend.guard, backend.history, backend.recorder
     counters = backend.spec_counters.copy(), backend.generated_tokens, replace(backend.times)
     guard = DrafterGuard(replace(backend.config.speculation, canary=False, canary_min_acceptance=0.0))
-    backend.guard, backend.history, backend.recorder = guard, None, None
+    backend.guard, backend.recorder = guard, None
+    backend.history = _Nonsense() if backend.weights.drafter is None else None
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from rollout_spec.models.rope import RotaryTable
 from rollout_spec.models.spec import ModelSpec
 from rollout_spec.models.weights import WeightAssembler, realize, weights_from_slots
 
-_TYPICAL_LENGTH = 4  # draft tokens, where the policy decides
+TYPICAL_LENGTH = 4  # draft tokens, where the policy decides
 _TYPICAL_BATCH = 4  # live sequences in the tail of a rollout, for which `auto` picks the kind of drafter
 
 
@@ -171,7 +171,7 @@ def _make_drafter(
 ) -> Drafter | None:
     kind = speculation.drafter
     if kind == "auto":
-        draft_length = speculation.draft_length or _TYPICAL_LENGTH
+        draft_length = speculation.draft_length or TYPICAL_LENGTH
         rows = (_TYPICAL_BATCH, _TYPICAL_BATCH * (draft_length + 1))
         timings = time_quantizers(linear_shapes(spec), device, dtype, rows)
         kind = choose(timings, draft_length).name

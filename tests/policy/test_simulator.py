@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,9 @@ from click.testing import CliRunner
 
 from rollout_spec import cli
 from rollout_spec.observe.report import Report
+from rollout_spec.policy import calibration
 from rollout_spec.policy.baselines import EfficientRollout, Fixed, Off, RandomLengths, expected_emitted
+from rollout_spec.policy.calibration import Calibration
 from rollout_spec.policy.cost_model import CostModel, PassCost, fit
 from rollout_spec.policy.devices import DEVICES, NF4, QWEN2_5_7B, from_datasheet
 from rollout_spec.policy.oracle import Oracle, pooled
@@ -377,7 +378,16 @@ def test_the_command_replays_a_trace_with_a_calibration_file(tmp_path: Path) -> 
 
     write_trace(simulate(from_lengths("w", [50] * 6), Fixed(2), COSTS), tmp_path / "trace.json")
     renamed = CostModel({"target": TARGET, "int8": DRAFT})
-    (tmp_path / "costs.json").write_text(json.dumps(renamed.to_dict()))
+    rng = np.random.default_rng(0)
+    timings = [
+        PassTiming(
+            kind, b, b * (k + 1), 100 * b, cost.seconds(b, b * (k + 1), 100 * b) * rng.uniform(0.99, 1.01)
+        )
+        for kind, cost in renamed.passes.items()
+        for b in (1, 4, 16)
+        for k in (0, 3, 7)
+    ]
+    calibration.write(Calibration.of({"machine": "invented"}, timings, brief=False), tmp_path / "costs.json")
     arguments = ["simulate", str(tmp_path / "trace.json"), "--cost", str(tmp_path / "costs.json")]
     result = CliRunner().invoke(cli.main, [*arguments, "--policy", "fixed:2"])
     assert result.exit_code == 0, result.output
