@@ -101,6 +101,7 @@ class EngineConfig:
         kv_cache_bytes: Upper limit of the KV cache in bytes when `kv_cache_tokens` is None.
         block_size: Tokens per KV block.
         prefill_chunk: Most prompt tokens prefilled between two decode steps.
+        graph_bytes: Budget of captured CUDA graphs in bytes; None: 4 GiB on CUDA, and none on a CPU; 0: none.
         speculation: See `SpeculationConfig`.
     """
 
@@ -113,6 +114,7 @@ class EngineConfig:
     kv_cache_bytes: int = 2 << 30
     block_size: int = 64
     prefill_chunk: int = 512
+    graph_bytes: int | None = None
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     def __post_init__(self) -> None:
@@ -123,6 +125,8 @@ class EngineConfig:
             raise invalid("seed", self.seed, "use an integer")
         for name, low in (("max_num_seqs", 1), ("kv_cache_bytes", 1), ("prefill_chunk", 1)):
             _at_least(name, getattr(self, name), low)
+        if self.graph_bytes is not None:
+            _at_least("graph_bytes", self.graph_bytes, 0)
         for name in ("max_model_len", "kv_cache_tokens"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 2)

@@ -13,7 +13,7 @@ from rollout_spec.contracts import InvalidRequest
 
 FULL = {
     "device": "cpu", "dtype": "bfloat16", "seed": 11, "max_model_len": 100, "max_num_seqs": 7, "kv_cache_tokens": 640,
-    "kv_cache_bytes": 1 << 20, "block_size": 32, "prefill_chunk": 9,
+    "kv_cache_bytes": 1 << 20, "block_size": 32, "prefill_chunk": 9, "graph_bytes": 0,
     "speculation": {
         "drafter": "int8", "draft_length": 6, "verifier": "rejection", "quantize_lm_head": False, "canary": False,
         "canary_min_acceptance": 0.5, "longest_draft": 9, "objective": "throughput", "margin": 0.1, "history": False,
@@ -97,6 +97,7 @@ WRONG = [
     ("max_num_seqs", [None, 0, -1, 2.0, "8", True]),
     ("kv_cache_tokens", [0, 1, -64, 1e6, "1e6", False]),
     ("kv_cache_bytes", [None, 0, 1e9, "2GB"]),
+    ("graph_bytes", [-1, 1e9, True, "1GB"]),
     ("block_size", [None, 0, 1, 48, 256, 16.0, "16"]),
     ("prefill_chunk", [None, 0, -1, 1.5]),
     ("speculation", [None, "nf4", 4, ["nf4"], True]),

@@ -29,6 +29,7 @@ from rollout_spec.sampling import verify
 from rollout_spec.sampling.noise import Stream, fold, uniform
 from rollout_spec.sampling.verify import Verdict
 from rollout_spec.torch_backend.backend import TorchBackend
+from rollout_spec.torch_backend.graph_passes import model_shape
 from rollout_spec.torch_backend.slots import Prompt, Sample
 
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 32768, "rope_theta": 1e6}
@@ -113,10 +114,7 @@ def cost_shape(spec: ModelSpec) -> devices.ModelShape:
 
 def graph_shape(spec: ModelSpec) -> graph_plan.ModelShape:
     """What the plan of a graph pool wants to know of it."""
-    return graph_plan.ModelShape(
-        spec.num_layers, spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads, spec.head_dim,
-        spec.padded_vocab_size, torch.empty(0, dtype=spec.dtype).itemsize,
-    )  # fmt: skip
+    return model_shape(spec, spec.dtype)
 
 
 def this_device(device: torch.device) -> tuple[Device, str]:
@@ -173,6 +171,7 @@ class Lab:
             max_model_len=max(max(scale.contexts), PROMPT + scale.longest_output + 64),
             max_num_seqs=max(*scale.batches, scale.samples),
             kv_cache_tokens=max(most, 2 * scale.samples * (PROMPT + scale.longest_output)),
+            graph_bytes=0,
             speculation=SpeculationConfig(
                 drafter="none", draft_length=1, verifier="coupled", history=False, canary=False, canary_min_acceptance=0.0
             ),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rollout_spec.config import SpeculationConfig
-from rollout_spec.drafters.base import Drafter, DraftRound, Proposal
+from rollout_spec.drafters.base import Drafter, Proposal
 
 logger = logging.getLogger("rollout_spec")
 
@@ -70,10 +70,10 @@ class DrafterGuard:
             self._report("stale", what, version)
         return self.usable(drafter, version)
 
-    def propose(self, drafter: Drafter, round: DraftRound) -> Proposal | None:
-        """The drafter's proposal, or None if it raised."""
+    def propose(self, drafter: Drafter, run: Callable[[], Proposal]) -> Proposal | None:
+        """What `run` lets the drafter propose, or None if it raised."""
         try:
-            return drafter.propose(round)
+            return run()
         except Exception as error:  # a guest's failure is reported and must not end the rollout
             cause = f"drafter {drafter.name} raised {type(error).__name__}: {error}"
             self._report("raised", cause, drafter.version, error)

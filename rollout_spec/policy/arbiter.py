@@ -65,7 +65,9 @@ class Arbiter:
         """Learnt factor on the predicted gain of `arm` at this batch size."""
         return self._bucket[arm][self._index(batch)].ratio(self._pooled[arm].ratio(1.0))
 
-    def explore(self, gains: dict[str, float], best: str, batch: int, seconds: float) -> str | None:
+    def explore(
+        self, gains: dict[str, float], best: str, batch: int, seconds: float, passes: int = 1
+    ) -> str | None:
         """An arm to try instead of `best` in this pass, or None.
 
         Args:
@@ -73,8 +75,9 @@ class Arbiter:
             best: The arm that would be played.
             batch: Live sequences.
             seconds: Time of a plain pass, to turn a predicted loss into seconds.
+            passes: Passes since this was asked last, which the budget grows with.
         """
-        self._budget = min(self._budget + self.explore_share * seconds, _SAVINGS * seconds)
+        self._budget = min(self._budget + self.explore_share * seconds * passes, _SAVINGS * seconds)
         for arm, gain in gains.items():
             if arm in (best, self.arms[0]) or gain <= 0:
                 continue

@@ -29,6 +29,7 @@ from rollout_spec.policy.records import HISTORY, Plan, Reason, StepOutcome, Step
 
 _PLAIN = "plain"
 _LOOK_EVERY = 2  # passes between looks at one of the arms that do not run
+_LONGEST_REST, _CROWD = 7, 8  # plain passes between looks while nothing changes, at so many sequences or more
 _WEIGHTS_EVERY = 16  # passes between looks at who will be the straggler
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
 _MOST = 0.999  # nothing is certain
@@ -87,6 +88,8 @@ class AutomaticPolicy:
         self._weights = np.zeros(0)
         self._weighed: tuple[np.ndarray, int] = (np.zeros(0, np.int64), 0)
         self._passes = self._batch = 0
+        self._rest = self._pause = 0  # plain passes until the next look, and how many there were before this one
+        self._plain_seconds = math.nan
         self._known: dict[str, tuple[float, int]] = {}  # by arm: its gain, and the pass it was found in
         self._predicted: tuple[str, float, float] | None = None
         self.depth = np.arange(1, longest + 1)
@@ -99,6 +102,9 @@ class AutomaticPolicy:
         self._predicted = None
         if self._passes % _FADE_EVERY == 0:
             self._fade()
+        if self._rest and batch == self._batch:
+            self._rest -= 1
+            return Plan.plain(batch, Reason.NOT_WORTH, self._plain_seconds)
         room = np.minimum(state.allowed - 1, self.longest)
         if not room.any():
             return Plan.plain(batch, Reason.LAST_TOKEN)
@@ -119,7 +125,7 @@ class AutomaticPolicy:
         for name in drafters:
             arms += [name, f"{HISTORY}+{name}"] if matches is not None else [name]
         if batch != self._batch:
-            self._known, self._batch = {}, batch
+            self._known, self._batch, self._pause = {}, batch, 0
         return self._settle(round, arms, plain_seconds)
 
     def _settle(self, round: _Round, arms: list[str], plain_seconds: float) -> Plan:
@@ -140,12 +146,17 @@ class AutomaticPolicy:
         best = self._with_hysteresis(gains)
         reason = Reason.STILL_PAYS if best == self._mode else Reason.PAYS
         self._mode = best
-        arm = self.arbiter.explore(gains, best, batch, plain_seconds)
+        arm = self.arbiter.explore(gains, best, batch, plain_seconds, 1 + self._pause)
         if arm is None:
             arm = best
         else:
             reason = Reason.EXPLORE
+        if best != _PLAIN:
+            self._pause = 0
         if arm == _PLAIN:
+            longest = _LONGEST_REST if batch >= _CROWD else _LONGEST_REST // 2
+            self._rest = self._pause = min(2 * self._pause + 1, longest)
+            self._plain_seconds = plain_seconds
             return Plan.plain(batch, Reason.NOT_WORTH, plain_seconds)
         if self._rng.random() < self.probe_share:
             return Plan.plain(batch, Reason.PROBE, plain_seconds)

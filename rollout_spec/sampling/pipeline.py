@@ -117,6 +117,17 @@ class SamplingBatch:
     bias: Tensor | None = None
     end_ids: Tensor | None = None
 
+    @classmethod
+    def tempered(cls, temperature: Tensor) -> SamplingBatch:
+        """Parameters of B sequences that use no stage but `temperature [B]`."""
+        zeros, ones = torch.zeros_like(temperature), torch.ones_like(temperature)
+        none = torch.zeros_like(temperature, dtype=torch.int64)
+        return cls(
+            Stages(temperature=True),
+            key=none, temperature=temperature, top_k=none, tail=zeros, min_p=zeros, repetition=ones, presence=zeros,
+            frequency=zeros, min_tokens=none, output_length=none,
+        )  # fmt: skip
+
     def take(self, sequences: Tensor | slice) -> SamplingBatch:
         """The same for some of the sequences, given as an index int64 [B'] or a slice; one may come several times."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stages"}

@@ -103,7 +103,7 @@ def _weights(q: Tensor, keys: Tensor, rows: Rows) -> Tensor:
 
     Args:
         q: `[B, S, kv_heads, group, head_dim]`.
-        keys: `[kv_heads, blocks + 1, block_size, head_dim]`.
+        keys: `[kv_heads, blocks + 2, block_size, head_dim]`.
         rows: Tables and mask.
     """
     batch, queries, kv_heads, group, head_dim = q.shape
@@ -122,7 +122,7 @@ def _short(x: Tensor) -> int:
 
 
 def _fixed_order(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
-    """q `[B, S, kv_heads, group, head_dim]`, keys and values `[kv_heads, blocks + 1, block_size, head_dim]`.
+    """q `[B, S, kv_heads, group, head_dim]`, keys and values `[kv_heads, blocks + 2, block_size, head_dim]`.
 
     Returns `[B, S, kv_heads, group, head_dim]`, contiguous.
     """

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rollout_spec.config import EngineConfig
 from rollout_spec.contracts import FinishReason, invalid
+from rollout_spec.drafters.base import Drafter, Proposal
 from rollout_spec.drafters.guard import DrafterGuard
 from rollout_spec.drafters.history import History
 from rollout_spec.drafters.quantized import QuantizedSelfDrafter
@@ -33,6 +34,7 @@ from rollout_spec.sampling.pipeline import Processed, SamplingBatch, token_logpr
 from rollout_spec.sampling.table import SamplingTable
 from rollout_spec.torch_backend.choose_policy import choose_policy
 from rollout_spec.torch_backend.drafting import Drafts
+from rollout_spec.torch_backend.graph_passes import GraphPasses, choose_graphs
 from rollout_spec.torch_backend.kv_cache import BlockPool, KVCache, OutOfBlocks
 from rollout_spec.torch_backend.outputs import cut_at_stop_strings, record_top_logprobs, record_versions
 from rollout_spec.torch_backend.pass_clock import PassClock
@@ -63,6 +65,8 @@ class TorchBackend:
         weights: The policy's weights and version, and the drafter made from them.
         policy: Chooses draft lengths; replace it to control speculation.
         guard: Decides whether the drafter may be used, and reports when it may not.
+        graphs: Runs passes on captured graphs; None where there are none. On a CPU, where tests set it, plain calls
+            stand in for graphs.
         coupled: Which verifier is in force.
         spec_counters, generated_tokens: Totals so far; the counters are those of `slots`.
         row_invariant: Whether the probe found a token's logits independent of the batch (exactness level E2).
@@ -82,6 +86,10 @@ class TorchBackend:
             raise invalid(
                 "max_model_len", self.max_model_len, f"the model's own limit is {spec.max_positions}"
             )
+        if config.graph_bytes and device.type != "cuda":
+            raise invalid(
+                "graph_bytes", config.graph_bytes, "graphs need a CUDA device; leave it out on a CPU"
+            )
         self._decode_text = decode_text
         self.guard = DrafterGuard(config.speculation)
         self.weights = PolicyWeights(spec, config.speculation, dtype, device, self.max_model_len)
@@ -89,6 +97,7 @@ class TorchBackend:
         self.history: History | None = None
         self.calibration: Calibration | None = None
         self.recorder: TraceRecorder | None = None
+        self.graphs: GraphPasses | None = None
         self.times = StepTimes()
         self.cache = KVCache(
             spec.num_layers,
@@ -121,6 +130,9 @@ class TorchBackend:
         self.cache.clear()
         verifier = self.config.speculation.verifier
         self.coupled = verifier == "coupled" or (verifier == "auto" and self.row_invariant)
+        self.graphs = choose_graphs(self)
+        if self.graphs is not None:
+            self.graphs.capture()
         self.policy, self.history, self.calibration = choose_policy(self)
         return report
 
@@ -181,16 +193,22 @@ class TorchBackend:
 
     def commit(self, report: UpdateReport) -> None:
         """Put staged weights in force and drop what the old ones computed: samples in flight recompute."""
+        if self.graphs is not None:
+            self.graphs.release()
         self.weights.commit(report)
         self.scheduler.preempt_all()
         self._canary_due = self.cache.released
         if not self.cache.released:
             self.cache.clear()
+            if self.graphs is not None:
+                self.graphs.capture()
             self._drafter_follows()
 
     def sleep(self, *, discard_weights: bool = False) -> None:
         """Give up the KV cache, and the weights if asked; samples in flight wait and recompute."""
         self.scheduler.preempt_all()
+        if self.graphs is not None:
+            self.graphs.release()
         self.cache.release()
         if discard_weights:
             self.weights.discard()
@@ -198,6 +216,8 @@ class TorchBackend:
     def wake_up(self) -> None:
         """Take the KV cache back; the canary of an update received asleep runs now."""
         self.cache.clear()
+        if self.graphs is not None:
+            self.graphs.capture()
         if self._canary_due:
             self._drafter_follows()
             self._canary_due = False
@@ -210,7 +230,7 @@ class TorchBackend:
             return self.runner.score(model, tokens, blocks)
         finally:
             # A NaN left here would be read behind a mask.
-            self.cache.wipe([*blocks, self.cache.scratch_block])
+            self.cache.wipe(blocks)
             self.pool.free(blocks)
 
     def _drafter_follows(self) -> None:
@@ -250,7 +270,7 @@ class TorchBackend:
         clock.start_drafting()
         if (plan.draft_lengths > plan.from_history).any():
             assert self.weights.drafter is not None
-            proposal = self.guard.propose(self.weights.drafter, drafts.round)
+            proposal = self._propose(self.weights.drafter, drafts)
             if proposal is None:  # the drafter failed: this pass decodes plainly
                 self.cache.wipe_rows(block.kv_rows.flatten())
                 plan = Plan.plain(len(rows), Reason.NO_DRAFTER)
@@ -262,9 +282,10 @@ class TorchBackend:
 
         tokens = torch.cat((block.last_tokens[:, None], drafts.tokens), dim=1)
         ragged = drafts.ragged
-        raw = self.runner.forward(
-            self.weights.target, block, tokens, cells=None if ragged is None else ragged.cells
-        )
+        raw = None if self.graphs is None else self.graphs.forward(block, tokens, ragged)
+        if raw is None:
+            cells = None if ragged is None else ragged.cells
+            raw = self.runner.forward(self.weights.target, block, tokens, cells=cells)
         processed = self._process(batch, raw, drafts)
         verdict = drafts.verify(processed.logits)
         if ragged is None:
@@ -311,6 +332,15 @@ class TorchBackend:
         return Drafts(
             plan.draft_lengths, plan.from_history, history, block, batch, keys, self.runner, self.coupled
         )
+
+    def _propose(self, drafter: Drafter, drafts: Drafts) -> Proposal | None:
+        """What the drafter proposes, or None if it raised."""
+
+        def run() -> Proposal:
+            captured = None if self.graphs is None else self.graphs.propose(drafts)
+            return drafter.propose(drafts.round) if captured is None else captured
+
+        return self.guard.propose(drafter, run)
 
     def _process(self, batch: SamplingBatch, raw: Tensor, drafts: Drafts) -> Processed:
         """The processed distribution of the block's rows, or of those that are computed."""
@@ -373,8 +403,8 @@ class TorchBackend:
     def _contain_nans(self, rows: np.ndarray, logprobs: np.ndarray, emitted: np.ndarray) -> None:
         """Where the policy itself gives NaN: say so once per version, and let no other sequence read it.
 
-        Masked cache entries are read, too, with weight zero. The scratch block is zeroed now, the sequence's own
-        blocks when it gives them up.
+        Masked cache entries are read, too, with weight zero: the sequence's own blocks are zeroed when it gives
+        them up.
         """
         meant = np.arange(logprobs.shape[2]) < emitted[:, None]
         broken = ~(np.isfinite(logprobs[0]) | ~meant).all(1)
@@ -387,7 +417,6 @@ class TorchBackend:
                 self.weights.version,
             )
         self.slots.broken[rows[broken]] = True
-        self.cache.wipe([self.cache.scratch_block])
 
     def _on_release(self, slot: int, sample: Sample, freed: list[int]) -> None:
         self.table.release(slot)

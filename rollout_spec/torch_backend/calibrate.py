@@ -65,6 +65,7 @@ def calibration_key(backend: TorchBackend) -> dict[str, Any]:
         "dtype": str(backend.dtype),
         "drafter": drafter.name if drafter is not None else None,
         "verifier": "coupled" if backend.coupled else "rejection",
+        **({} if backend.graphs is None else {"graphs": True}),
         "versions": {
             n: v for n, v in installed_versions().items() if n in ("torch", "rollout-spec", "bitsandbytes")
         },

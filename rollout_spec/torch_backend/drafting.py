@@ -16,6 +16,10 @@ from rollout_spec.torch_backend.runner import Block, Runner
 class Drafts:
     """The draft tokens of a block, and how they came about.
 
+    Attributes:
+        block, batch, keys: As given.
+        ragged: Which rows are computed; None if all lengths are the same.
+
     Args:
         lengths: Draft tokens of each sequence, int64 `[B]`.
         from_history: How many of them, the first, are history's, int64 `[B]`.
@@ -38,7 +42,7 @@ class Drafts:
         runner: Runner,
         coupled: bool,
     ) -> None:
-        self.block, self._batch, self._keys, self._runner, self._coupled = block, batch, keys, runner, coupled
+        self.block, self.batch, self.keys, self._runner, self._coupled = block, batch, keys, runner, coupled
         self._before, self._own = from_history, lengths - from_history
         self._tokens = keys.new_zeros(keys.shape[0], keys.shape[1] - 1)
         self._history: Tensor | None = None
@@ -49,6 +53,11 @@ class Drafts:
             self._history = torch.from_numpy(from_history).to(keys.device)
         self._proposal: Proposal | None = None
         self.ragged = _ragged(lengths, keys.device)
+
+    @property
+    def follow_history(self) -> bool:
+        """Whether history drafts the first tokens of some sequence."""
+        return self._history is not None
 
     @property
     def round(self) -> DraftRound:
@@ -78,14 +87,14 @@ class Drafts:
 
     def verify(self, processed: Tensor) -> verify.Verdict:
         """The verdict on these drafts, given the processed logits of its rows (the computed ones, if ragged)."""
-        lengths, greedy = self.block.draft_lengths, not self._batch.stages.sampled
+        lengths, greedy = self.block.draft_lengths, not self.batch.stages.sampled
         drafts = self._tokens if self._tokens.shape[1] else None
         if self._coupled:
-            keys = None if greedy else self._keys
+            keys = None if greedy else self.keys
             return verify.verify_coupled(processed, drafts, lengths, keys, self.ragged)
         logits = None if self._proposal is None else self._proposal.logits
         if logits is None:
-            return verify.verify_rejection(processed, drafts, lengths, None, self._keys, self.ragged)
+            return verify.verify_rejection(processed, drafts, lengths, None, self.keys, self.ragged)
         q_logits, q_place = torch.cat([x.squeeze(1) for x in logits]), torch.full_like(self._tokens, -1)
         start = 0
         for step, tokens in enumerate(self._proposal.tokens if self._proposal else ()):
@@ -96,7 +105,7 @@ class Drafts:
             )
             q_place[:count].scatter_(1, column, rows)
             start += count
-        return verify.verify_rejection(processed, drafts, lengths, q_logits, self._keys, self.ragged, q_place)
+        return verify.verify_rejection(processed, drafts, lengths, q_logits, self.keys, self.ragged, q_place)
 
     # --- what a round calls ----------------------------------------------------------------------------
 
@@ -122,7 +131,7 @@ class Drafts:
 
     def _process(self, raw: Tensor, step: int, drafted: list[Tensor]) -> Tensor:
         count = len(raw)
-        batch = self._batch if count == len(self._keys) else self._batch.take(slice(count))
+        batch = self.batch if count == len(self.keys) else self.batch.take(slice(count))
         if self._history is None:
             block = torch.cat([tokens[:count] for tokens in drafted], 1) if drafted else None
             return batch.process(raw, block, step).logits
@@ -134,8 +143,8 @@ class Drafts:
     def _round_keys(self, step: int) -> Tensor:
         count = int((self._own > step).sum())
         if self._history is None:
-            return self._keys[:count, step : step + 1]
-        return self._keys[:count].gather(1, self._history[:count, None] + step)
+            return self.keys[:count, step : step + 1]
+        return self.keys[:count].gather(1, self._history[:count, None] + step)
 
 
 def _ragged(lengths: np.ndarray, device: torch.device) -> verify.Ragged | None:

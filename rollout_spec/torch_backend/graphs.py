@@ -10,7 +10,7 @@ Use, per backend (`Kind`, `GraphPlan` and the memory they count are in `rollout_
 A program reads its inputs from static buffers padded to the graph's batch and width, computes on the device alone,
 and returns tensors whose first dims are [B] or [B, S]. What it must keep to:
 
-- Addresses are baked in: weights, KV cache and sampling table have to stay where they are. Whatever replaces them
+- Addresses are baked in: weights and KV cache have to stay where they are. Whatever replaces them
   (`PolicyWeights.commit`, sleep) has to call `release` first and `capture` after.
 - Host values are baked in, too: Python branches (`Stages`), numbers (the policy version in `row_keys`: pass a
   tensor). Passes that differ in them are different pools, or run eagerly.
@@ -18,8 +18,11 @@ and returns tensors whose first dims are [B] or [B, S]. What it must keep to:
 - Verdicts over the batch (`Proposal.healthy`) are given per sequence.
 - Drafts are as many for all: a sequence that wants fewer rows has its `draft_lengths`, which verification heeds.
 
-Padding is a sequence of one token in the scratch block: position 0, so its attention sees entry 0 of a table of
-scratch blocks, and its keys and values go there. It stays finite as long as the scratch block is.
+A graph counts only if its replay gives what the program gives eagerly, on inputs other than those it was captured with:
+kernels that record something else, or cannot be recorded, run eagerly, and a warning says so.
+
+Padding is a sequence of one token at position 0, whose attention sees entry 0 of a table of scratch blocks, which are
+zero, and whose keys and values go to the sink block, which nobody reads.
 """
 
 from __future__ import annotations
@@ -47,13 +50,15 @@ logger = logging.getLogger("rollout_spec")
 class Field:
     """An input `[B, *shape]`, or `[B, S, *shape]` if `per_row`.
 
-    A narrower value may be given; what it leaves free, like the entries of padding, holds `pad`.
+    A narrower value may be given; what it leaves free, like the entries of padding, holds `pad`. The check of a
+    captured graph takes `pad`, too, or integers below `trial` if that is given.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     per_row: bool = False
     pad: Tensor | float = 0
+    trial: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,16 @@ class Program:
     eager_because: str | None = None
 
 
-def block_fields(cache: KVCache, table_blocks: int) -> dict[str, Field]:
+def block_fields(cache: KVCache, table_blocks: int, vocab_size: int = 1) -> dict[str, Field]:
     """The fields of a `Block` over tables of `table_blocks` blocks.
 
     That is the longest context that graphs run, and what every pass attends over where attention gathers.
+    `vocab_size` is for the check of captured graphs.
     """
-    scratch = torch.tensor([cache.scratch_block], device=cache.keys.device)
-    kv_rows = cache.rows(scratch, torch.zeros_like(scratch))
+    sink = torch.tensor([cache.sink_block], device=cache.keys.device)
+    kv_rows = cache.rows(sink, torch.zeros_like(sink))
     return {
-        "last_tokens": Field((), torch.int64),
+        "last_tokens": Field((), torch.int64, trial=vocab_size),
         "draft_lengths": Field((), torch.int64),
         "tables": Field((table_blocks,), torch.int64, pad=cache.scratch_block),
         "positions": Field((), torch.int64, per_row=True),
@@ -141,6 +147,13 @@ class StaticBuffer:
             view[:] = self.field.pad
         view[tuple(slice(n) for n in value.shape)].copy_(value, non_blocking=True)
 
+    def try_out(self, view: Tensor) -> None:
+        """Write what the check of a captured graph takes."""
+        self.fill(view, view[:0])
+        if self.field.trial:
+            count = torch.arange(view.numel(), device=view.device)
+            view.copy_((count * 7919 % self.field.trial).view(view.shape))
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -158,7 +171,7 @@ class CaptureReport:
 
     Attributes:
         captured: Per graph, in the order of capture; output buffers count with the first graph of a mode.
-        eager: Kinds that run eagerly, and why.
+        eager: Kinds of which some or all sizes run eagerly, and why.
         input_bytes: Of the static inputs.
         plan: What was to be captured.
     """
@@ -217,6 +230,7 @@ class GraphPool:
         self._inputs = {name: StaticBuffer(field, batch, rows, device) for name, field in fields.items()}
         self._input_bytes = sum(buffer.nbytes for buffer in self._inputs.values())
         self._programs: dict[Kind, Program] = {}
+        self._reported = False
         self.release()
 
     def release(self) -> None:
@@ -236,14 +250,49 @@ class GraphPool:
                 eager[graph.kind] = program.eager_because
                 continue
             before, start = _taken(self.device), time.perf_counter()
-            compute = self._bind(graph, program)
-            self._replays[graph] = recorder.record(compute) if recorder else compute
-            pool, driver = (after - x for after, x in zip(_taken(self.device), before))
+            try:
+                compute = self._bind(graph, program)
+                replay = recorder.record(compute) if recorder else compute
+                pool, driver = (after - x for after, x in zip(_taken(self.device), before))
+                problem = self._problem(graph, program, replay)
+            except Exception as error:  # a guest's kernel, or memory; eagerly it may do
+                problem = f"{type(error).__name__}: {error}"
+            if problem is not None:
+                eager[graph.kind] = problem
+                continue
+            self._replays[graph] = replay
             captured.append(Captured(graph, pool, driver, time.perf_counter() - start))
         report = CaptureReport(tuple(captured), eager, self._input_bytes, self.plan)
-        level = logging.WARNING if report.nbytes > self.plan.budget_bytes else logging.INFO
-        logger.log(level, "CUDA graphs: %s", report)
+        self._report(report)
         return report
+
+    def _problem(self, graph: Graph, program: Program, replay: Callable[[], None]) -> str | None:
+        """What a replay gives that the program does not, on inputs that it was not captured with."""
+        inputs = {name: self._inputs[name].view(graph.batch, graph.kind.width) for name in program.inputs}
+        for name, view in inputs.items():
+            self._inputs[name].try_out(view)
+        expected = [value.clone() for value in program.compute(inputs)]
+        replay()
+        for index, (value, found) in enumerate(zip(expected, self._outputs_of(graph, program), strict=True)):
+            if not _same(value, found):
+                return f"output {index} of a replay is not what the pass gives eagerly"
+        return None
+
+    def _report(self, report: CaptureReport) -> None:
+        """Log it, the first time only: every update of the weights captures again."""
+        if not self._reported:
+            over = report.nbytes > self.plan.budget_bytes
+            logger.log(logging.WARNING if over else logging.INFO, "CUDA graphs: %s", report)
+            for kind, why in report.eager.items():
+                logger.warning(
+                    "CUDA graphs: %s passes of width %d run eagerly (%s)", kind.mode, kind.width, why
+                )
+        self._reported = True
+
+    def fitting(self, mode: str, batch: int, width: int) -> Graph | None:
+        """The captured graph that `run` would replay."""
+        graph = self.plan.graph(mode, batch, width)
+        return graph if graph in self._replays else None
 
     @torch.inference_mode()
     def run(self, mode: str, batch: int, width: int, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -272,10 +321,15 @@ class GraphPool:
             buffer.fill(buffer.view(graph.batch, kind.width), value)
         self._replays[graph]()
         self.counts["graph"] += 1
-        outputs = (self._outputs[mode, i].view(graph.batch, kind.width) for i in range(len(program.per_row)))
         return tuple(
-            out[:batch, :width] if rowwise else out[:batch] for out, rowwise in zip(outputs, program.per_row)
+            out[:batch, :width] if rowwise else out[:batch]
+            for out, rowwise in zip(self._outputs_of(graph, program), program.per_row)
         )
+
+    def _outputs_of(self, graph: Graph, program: Program) -> list[Tensor]:
+        """Where a replay writes, padding included."""
+        mode, width = graph.kind.mode, graph.kind.width
+        return [self._outputs[mode, index].view(graph.batch, width) for index in range(len(program.per_row))]
 
     def _why_eager(self, graph: Graph | None, program: Program, inputs: Mapping[str, Tensor]) -> str | None:
         if graph is None:
@@ -344,6 +398,13 @@ def _extent(graphs: Iterable[Graph]) -> tuple[int, int]:
     """Most sequences and most rows of any graph."""
     sizes = [(graph.batch, graph.rows) for graph in graphs]
     return max(batch for batch, _ in sizes), max(rows for _, rows in sizes)
+
+
+def _same(expected: Tensor, found: Tensor) -> bool:
+    """Whether outputs agree: integers exactly, logits as nearly as two runs of one kernel."""
+    if not expected.is_floating_point():
+        return torch.equal(expected, found)
+    return torch.allclose(expected, found, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def _taken(device: torch.device) -> tuple[int, int]:

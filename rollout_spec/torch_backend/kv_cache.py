@@ -51,12 +51,13 @@ class BlockPool:
 
 
 class KVCache:
-    """Keys and values of all layers, `[layers, kv_heads, blocks + 1, block_size, head_dim]` each.
+    """Keys and values of all layers, `[layers, kv_heads, blocks + 2, block_size, head_dim]` each.
 
-    Heads come first, so that gathering a sequence's blocks leaves each head's entries in one piece. The last
-    block is scratch: rows that pad a batch write there, and tables are padded with it. Entries are addressed by
-    flat rows `(head * (blocks + 1) + block) * block_size + offset`, computed once per forward and reused by
-    every layer.
+    Heads come first, so that gathering a sequence's blocks leaves each head's entries in one piece. Two blocks at
+    the end belong to nobody: tables are padded with the scratch block, which is never written, and rows that pad
+    a batch write to the sink block, which is never read, so that what they compute from a broken sequence reaches
+    no other. Entries are addressed by flat rows `(head * (blocks + 2) + block) * block_size + offset`, computed
+    once per forward and reused by every layer.
     """
 
     def __init__(
@@ -70,14 +71,19 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.num_blocks, self.block_size, self.head_dim = num_blocks, block_size, head_dim
-        self._shape = (num_layers, kv_heads, num_blocks + 1, block_size, head_dim)
+        self._shape = (num_layers, kv_heads, num_blocks + 2, block_size, head_dim)
         self._dtype, self._device = dtype, device
-        self._head_offsets = torch.arange(kv_heads, device=device) * ((num_blocks + 1) * block_size)
+        self.keys = self.values = torch.empty(0)
+        self._head_offsets = torch.arange(kv_heads, device=device) * ((num_blocks + 2) * block_size)
         self.clear()
 
     @property
     def scratch_block(self) -> int:
         return self.num_blocks
+
+    @property
+    def sink_block(self) -> int:
+        return self.num_blocks + 1
 
     @property
     def nbytes(self) -> int:
@@ -107,8 +113,14 @@ class KVCache:
             cache.view(len(cache), -1, self.head_dim).index_fill_(1, rows, 0.0)
 
     def clear(self) -> None:
-        """Zero every entry, so that nothing computed from earlier weights can be read again."""
-        self.release()
+        """Zero every entry, so that nothing computed from earlier weights can be read again.
+
+        The tensors stay where they are, as captured graphs need, unless they were released.
+        """
+        if not self.released:
+            self.keys.zero_()
+            self.values.zero_()
+            return
         try:
             self.keys = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
             self.values = torch.zeros(self._shape, dtype=self._dtype, device=self._device)

@@ -23,7 +23,7 @@ class Block:
     """A speculative block: for each of `B` sequences the last token and room for `K` drafts behind it.
 
     Row s of sequence b stands at position `length[b] - 1 + s`; rows past the sequence's own draft length
-    are padding, whose keys and values go to the scratch block.
+    are padding, whose keys and values go to the sink block.
 
     Attributes:
         last_tokens: `[B]`.
@@ -139,7 +139,7 @@ class Runner:
         pad = _MIN_ROWS - rows
         if pad > 0 and model is self.target:
             ids, positions = (torch.cat((x, x.new_zeros(pad))) for x in (ids, positions))
-            kv_rows = torch.cat((kv_rows.flatten(), self._scratch_rows(pad)))
+            kv_rows = torch.cat((kv_rows.flatten(), self._sink_rows(pad)))
             if place is not None:
                 place = torch.cat((place, place.new_full((pad,), batch * count)))
         attention = self._attention(model, Rows(kv_rows.flatten(), block.tables[:batch], mask, place))
@@ -165,7 +165,7 @@ class Runner:
         ids, flat = self._device(tokens.reshape(-1)[place]), grid_positions.flatten()[index]
         if pad:
             ids, flat = (torch.cat((x, x.new_zeros(pad))) for x in (ids, flat))
-            kv_rows = torch.cat((kv_rows, self._scratch_rows(pad)))
+            kv_rows = torch.cat((kv_rows, self._sink_rows(pad)))
             index = torch.cat((index, index.new_full((pad,), positions.size)))
         rows = Rows(
             kv_rows, tables, causal_mask(grid_positions, tables.shape[1] * self.cache.block_size), index
@@ -189,11 +189,11 @@ class Runner:
 
     def _kv_rows(self, tables: Tensor, positions: Tensor, inside: Tensor) -> Tensor:
         blocks = tables.gather(1, positions // self.cache.block_size)
-        blocks = torch.where(inside, blocks, self.cache.scratch_block)
+        blocks = torch.where(inside, blocks, self.cache.sink_block)
         return self.cache.rows(blocks.flatten(), (positions % self.cache.block_size).flatten())
 
-    def _scratch_rows(self, count: int) -> Tensor:
-        blocks = torch.full((count,), self.cache.scratch_block, device=self.device)
+    def _sink_rows(self, count: int) -> Tensor:
+        blocks = torch.full((count,), self.cache.sink_block, device=self.device)
         return self.cache.rows(blocks, torch.arange(count, device=self.device))
 
     def _device(self, array: np.ndarray) -> Tensor:

@@ -271,10 +271,11 @@ def test_what_a_drafter_writes_into_the_cache_reaches_no_output(
 def test_what_the_canary_writes_reaches_no_output(
     make_engine, model, plain, prompts, monkeypatch, junk, length
 ):
-    """The canary runs the drafter over whole contexts, short ones with padding rows, which go to the scratch block."""
+    """The canary runs the drafter over whole contexts, short ones with padding rows, which go to the sink block."""
     engine = make_engine(speculation="nf4", max_num_seqs=4)
     corrupt_at_commit(engine, monkeypatch, junk)
     engine.generate([[3] * length] * 4, SamplingParams(max_tokens=1))
     engine.update_weights(model.named_parameters())
-    assert torch.isfinite(engine.backend.cache.keys).all() and engine.backend.guard.contexts
+    cache = engine.backend.cache
+    assert torch.isfinite(cache.keys[:, :, : cache.sink_block]).all() and engine.backend.guard.contexts
     same_outputs(engine, plain, prompts)

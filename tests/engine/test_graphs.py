@@ -140,6 +140,32 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why(pool_of, device):
     assert pool.counts["graph"] == 1
 
 
+@pytest.mark.parametrize("broken", ["raises", "differs"])
+def test_a_graph_that_is_not_the_pass_is_not_used(pool_of, device, monkeypatch, caplog, broken):
+    """The replay of one size does not do what the program does, or it cannot be recorded: this one is eager."""
+    pool = pool_of(program := Sums(), capture=False)
+    bind = pool._bind
+
+    def bind_badly(graph, program):
+        compute = bind(graph, program)
+        if (graph.kind.mode, graph.batch) != (DRAFT, 4):
+            return compute
+        if broken == "raises":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: pool._outputs_of(graph, program)[0].fill_(3.25)
+
+    monkeypatch.setattr(pool, "_bind", bind_badly)
+    report = pool.capture()
+    pool.capture()
+    reason = "RuntimeError: operation not permitted" if broken == "raises" else "output 0 of a replay"
+    assert report.eager.keys() == {Kind(DRAFT, 3)} and report.eager[Kind(DRAFT, 3)].startswith(reason)
+    assert len([record for record in caplog.records if "run eagerly" in record.message]) == 1
+    assert pool.fitting(DRAFT, 2, 3) and not pool.fitting(DRAFT, 3, 3) and not pool.fitting(DRAFT, 9, 3)
+    inputs = Sums.inputs(4, 3, device)
+    assert torch.equal(pool.run(DRAFT, 4, 3, inputs)[0], program.build(Kind(DRAFT, 3)).compute(inputs)[0])
+    assert pool.counts == {"not captured": 1}
+
+
 def test_inputs_that_the_program_does_not_read(pool_of, device):
     inputs = Sums.inputs(1, 1, device)
     with pytest.raises(ValueError, match=r"reads \['x', 'y'\], not \['x'\]"):

@@ -147,13 +147,17 @@ def test_two_way_hysteresis():
     gain = weak.plan(state(1)).gain
     assert 1.02 < gain < 1.5
     made.acceptance = weak.acceptance
-    assert made.plan(state(1)).reason is Reason.NOT_WORTH  # off stays off below the margin
+
+    def reasons():
+        return [made.plan(state(1)).reason for _ in range(20)]
+
+    assert set(reasons()) == {Reason.NOT_WORTH}  # off stays off below the margin
     made.acceptance = seen(0.95).acceptance
-    assert made.plan(state(1)).reason is Reason.PAYS
+    assert set(reasons()) == {Reason.NOT_WORTH, Reason.PAYS, Reason.STILL_PAYS}
     made.acceptance = weak.acceptance
-    assert made.plan(state(1)).reason is Reason.STILL_PAYS  # on stays on above 1
+    assert set(reasons()) == {Reason.STILL_PAYS}  # on stays on above 1
     made.acceptance = seen(0.05).acceptance
-    assert made.plan(state(1)).reason is Reason.NOT_WORTH
+    assert set(reasons()) == {Reason.NOT_WORTH}
 
 
 def test_no_latch():
