@@ -29,7 +29,7 @@ from rollout_spec.policy.records import HISTORY, Plan, Reason, StepOutcome, Step
 
 _PLAIN = "plain"
 _LOOK_EVERY = 2  # passes between looks at one of the arms that do not run
-_LONGEST_REST, _CROWD = 7, 8  # plain passes between looks while nothing changes, at so many sequences or more
+_LONGEST_REST, _CROWD = 3, 8  # plain passes between looks while nothing changes, at so many sequences or more
 _WEIGHTS_EVERY = 16  # passes between looks at who will be the straggler
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
 _MOST = 0.999  # nothing is certain
@@ -88,7 +88,9 @@ class AutomaticPolicy:
         self._weights = np.zeros(0)
         self._weighed: tuple[np.ndarray, int] = (np.zeros(0, np.int64), 0)
         self._passes = self._batch = 0
-        self._rest = self._pause = 0  # plain passes until the next look, and how many there were before this one
+        self._rest = self._pause = (
+            0  # plain passes until the next look, and how many there were before this one
+        )
         self._plain_seconds = math.nan
         self._known: dict[str, tuple[float, int]] = {}  # by arm: its gain, and the pass it was found in
         self._predicted: tuple[str, float, float] | None = None
@@ -171,7 +173,9 @@ class AutomaticPolicy:
         return max(self._known[self._mode][0], 1.0) if self._mode in self._known else 1.0
 
     def _due(self, arms: list[str]) -> list[str]:
-        """The arms to evaluate in this pass: those never seen at this batch, what runs, and the stalest other."""
+        """The arms to evaluate: all while decoding plainly, else what runs and, every other pass, the stalest other."""
+        if self._mode == _PLAIN:
+            return arms
         due = [arm for arm in arms if arm not in self._known or arm == self._mode]
         others = [arm for arm in arms if arm not in due]
         if others and self._passes % _LOOK_EVERY == 0:
