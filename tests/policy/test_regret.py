@@ -13,8 +13,16 @@ from rollout_spec.policy.simulator import makespan, simulate
 from rollout_spec.policy.workloads import SYNTHETIC
 
 COSTS = from_datasheet(DEVICES["H200"], QWEN2_5_7B)
-SEEDS = 2
-WITHIN = ("long_tail", "jumping_batch", "collapsing_acceptance", "kv_heavy", "one_straggler", "uniform", "many_medium")
+SEEDS = 4
+WITHIN = (
+    "long_tail",
+    "jumping_batch",
+    "collapsing_acceptance",
+    "kv_heavy",
+    "one_straggler",
+    "uniform",
+    "many_medium",
+)
 
 
 @functools.cache
@@ -44,7 +52,7 @@ def test_where_text_repeats_most_of_the_gain_is_had():
 @pytest.mark.parametrize("name", SYNTHETIC)
 def test_never_much_slower_than_plain_decoding(name):
     """Two percent at most goes into finding out, even where acceptance collapses on the way."""
-    assert seconds(name, "automatic") <= 1.025 * seconds(name, "off")
+    assert seconds(name, "automatic") <= 1.02 * seconds(name, "off")
 
 
 def test_on_long_contexts_a_rule_by_batch_size_loses():
