@@ -118,8 +118,8 @@ class _Switching(Stateless):
 def toggling_overhead(path: Path, batch: int, pairs: int, seed: int) -> dict[str, Any]:
     """What switching at random in every step costs over the weighted mean of both modes.
 
-    In one run on and off steps are drawn at random; in the other the same number of on steps, then of off steps,
-    come in two blocks. Both emit the same tokens; the ratio of their times is what switching itself costs.
+    Three runs emit the same tokens: always on, always off, and on or off at random in every step. The median on and off
+    steps of the third are compared with those of the first two, in the proportions of the third.
     """
     engine = RolloutEngine.from_pretrained(
         path,

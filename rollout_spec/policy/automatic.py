@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,10 +34,7 @@ _LONGEST_REST, _CROWD = 3, 8  # plain passes between looks while nothing changes
 _WEIGHTS_EVERY = 16  # passes between looks at who will be the straggler
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
 _MOST = 0.999  # nothing is certain
-_FADE_EVERY, _FADE = (
-    64,
-    0.9,
-)  # passes after which what was learnt of an idle drafter loses a tenth of its weight
+_FADE_EVERY, _FADE = 64, 0.9  # every so many passes what was learnt of an idle drafter keeps this weight
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,15 @@ class _Candidate:
     from_history: np.ndarray
     gain: float
     seconds: float
+
+
+class _Predicted(NamedTuple):
+    """What is expected of the pass under way; `gain` is not corrected by what the arbiter learnt."""
+
+    arm: str
+    slots: np.ndarray
+    gain: float
+    plain_seconds: float
 
 
 class AutomaticPolicy:
@@ -88,12 +95,10 @@ class AutomaticPolicy:
         self._weights = np.zeros(0)
         self._weighed: tuple[np.ndarray, int] = (np.zeros(0, np.int64), 0)
         self._passes = self._batch = 0
-        self._rest = self._pause = (
-            0  # plain passes until the next look, and how many there were before this one
-        )
+        self._rest = self._pause = 0  # plain passes to the next look, and between the last two
         self._plain_seconds = math.nan
         self._known: dict[str, tuple[float, int]] = {}  # by arm: its gain, and the pass it was found in
-        self._predicted: tuple[str, float, float] | None = None
+        self._predicted: _Predicted | None = None
         self.depth = np.arange(1, longest + 1)
 
     # --- deciding --------------------------------------------------------------------------------------
@@ -163,7 +168,7 @@ class AutomaticPolicy:
         if self._rng.random() < self.probe_share:
             return Plan.plain(batch, Reason.PROBE, plain_seconds)
         chosen = candidates[arm] if arm in candidates else round.candidate(arm)
-        self._predicted = (arm, chosen.gain, plain_seconds)
+        self._predicted = _Predicted(arm, round.state.slots, chosen.gain, plain_seconds)
         gain = chosen.gain * self.arbiter.correction(arm, batch)
         return Plan(chosen.draft_lengths, chosen.from_history, chosen.drafter, reason, gain, chosen.seconds)
 
@@ -236,14 +241,22 @@ class AutomaticPolicy:
                 expected = self.costs.drafting(plan.drafter, context, own, plan.from_history)
                 self.costs.observe(plan.drafter, batch, expected, outcome.draft_seconds)
                 self._learn_acceptance(plan.drafter, state, plan, outcome, own)
-            if self._predicted is not None and outcome.seconds > 0:
-                arm, predicted, plain_seconds = self._predicted
-                worth = float(self._weights @ np.minimum(outcome.accepted + 1, state.allowed))
-                self.arbiter.observe(arm, batch, predicted, worth * plain_seconds / outcome.seconds)
+            self._learn_gain(state, outcome)
         if outcome.finished.any():
             gone = state.slots[outcome.finished]
             self.lengths.observe((state.outputs + outcome.emitted)[outcome.finished])
             self.forget(gone)
+
+    def _learn_gain(self, state: StepState, outcome: StepOutcome) -> None:
+        """What the pass was worth; nothing if it was carried out for some of the sequences only."""
+        if self._predicted is None or len(state.slots) != len(self._predicted.slots) or outcome.seconds <= 0:
+            return
+        predicted = self._predicted
+        weights = np.empty_like(self._weights)
+        weights[np.argsort(state.slots)] = self._weights[np.argsort(predicted.slots)]  # the order may differ
+        worth = float(weights @ np.minimum(outcome.accepted + 1, state.allowed))
+        gain = worth * predicted.plain_seconds / outcome.seconds
+        self.arbiter.observe(predicted.arm, len(state.slots), predicted.gain, gain)
 
     def _learn_acceptance(
         self, drafter: str, state: StepState, plan: Plan, outcome: StepOutcome, own: np.ndarray

@@ -261,3 +261,22 @@ class Known:
 
     def survival(self, slots):
         return np.tile(self.alpha ** np.arange(1.0, 17), (len(slots), 1))
+
+
+def test_what_came_of_a_plan_is_weighed_by_slot():
+    """The runner may carry a plan out in another order, and for fewer sequences if memory is short."""
+    outputs = np.array([3, 300, 3, 3])
+    where = state(4, outputs=outputs)
+    seen_gains = []
+    for order in (np.arange(4), np.array([1, 3, 0, 2]), np.array([3, 1])):
+        made = policy()
+        made.lengths.observe(np.array([20] * 2000 + [400, 450, 500]))
+        plan = made.plan(where)
+        assert plan.speculates
+        accepted = np.array([0, 2, 0, 0])[order]
+        done = Plan(plan.draft_lengths[order], plan.from_history[order], plan.drafter, plan.reason)
+        made.arbiter.observe = lambda arm, batch, predicted, gain: seen_gains.append(gain)
+        outcome = StepOutcome(accepted, accepted + 1, np.zeros(len(order), bool), 0.02, 0.03)
+        made.observe(where.take(order), done, outcome)
+    assert seen_gains[1] == pytest.approx(seen_gains[0])
+    assert len(seen_gains) == 2  # part of a plan says nothing about the whole
