@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rollout_spec.policy.cost_model import CostModel
-from rollout_spec.policy.records import HISTORY, Plan, Reason, StepOutcome, StepState
+from rollout_spec.policy.records import HISTORY, Plan, Reason, SpeculationPolicy, StepOutcome, StepState
 
 
 def uniform_plan(
@@ -49,11 +49,8 @@ def expected_emitted(alpha: float, draft_length: int) -> float:
     return float(np.sum(alpha ** np.arange(draft_length + 1)))
 
 
-class Stateless:
+class Stateless(SpeculationPolicy):
     """What a policy that does not learn does when it is told something: nothing."""
-
-    def plan(self, state: StepState) -> Plan:
-        raise NotImplementedError
 
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         pass

@@ -19,7 +19,7 @@ from rollout_spec.contracts import SamplingParams
 from rollout_spec.drafters.guard import DrafterGuard
 from rollout_spec.drafters.history import History
 from rollout_spec.observe.machine import cpu_model, installed_versions
-from rollout_spec.policy.baselines import Off
+from rollout_spec.policy.baselines import Off, Stateless
 from rollout_spec.policy.cost_model import TARGET
 from rollout_spec.policy.records import Matches, PassTiming, Plan, Reason, StepOutcome, StepState
 from rollout_spec.sampling.noise import fold
@@ -141,7 +141,7 @@ def _samples(backend: TorchBackend, batch: int, context: int) -> list[Sample]:
     return samples
 
 
-class _Schedule:
+class _Schedule(Stateless):
     """Goes through the draft lengths in turn, all sequences alike.
 
     Without a drafter history drafts, so that verify passes are measured all the same.
@@ -183,12 +183,6 @@ class _Schedule:
                 seconds = outcome.draft_seconds / drafted
                 self.timings.append(PassTiming(plan.drafter, batch, batch, kv_tokens, seconds))
         self._next += 1
-
-    def after_update(self) -> None:
-        pass
-
-    def forget(self, slots: np.ndarray) -> None:
-        pass
 
 
 class _Nonsense(History):
