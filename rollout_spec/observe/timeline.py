@@ -97,7 +97,7 @@ class Series:
             found = (np.where(empty, np.nan, of) for of in (least, mean, largest))
             return tuple(found)  # type: ignore[return-value]
 
-        probe = column(lambda step: step.reason == Reason.PROBE)
+        plainly = column(lambda step: step.reason in (Reason.PROBE, Reason.REFERENCE))
         drafted = total(column(lambda step: step.drafted), windows)
         accepted = total(column(lambda step: step.accepted), windows)
         return cls(
@@ -107,7 +107,7 @@ class Series:
                 for mode in np.unique(modes)
             },
             batch=extremes(column(lambda step: step.batch), np.ones(len(steps), bool)),
-            longest=extremes(column(lambda step: step.longest), probe == 0),
+            longest=extremes(column(lambda step: step.longest), plainly == 0),
             acceptance=np.divide(accepted, drafted, out=np.full(columns, np.nan), where=drafted > 1e-6),
             throughput=total(column(lambda step: step.emitted), windows) / (windows[1] - windows[0]),
             window=window,

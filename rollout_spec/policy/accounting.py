@@ -27,7 +27,11 @@ from rollout_spec.policy.records import HISTORY, Reason, Trace, TraceStep
 PLAIN = "plain"
 LEAST_PROBES = 2  # in a stratum, for a mean with a variance
 PROBES_PER_TERM = 5  # for fitting how a pass's time goes with batch and context
-ONE_OFF = (Reason.PROBE, Reason.EXPLORE)  # passes that are tried once: no switch of the policy
+ONE_OFF = (
+    Reason.PROBE,
+    Reason.REFERENCE,
+    Reason.EXPLORE,
+)  # passes that are tried once: no switch of the policy
 # Student's t, 97.5 %, by degrees of freedom; linear in 1 / df between them.
 T_DF = np.array([1, 2, 3, 4, 5, 6, 8, 10, 15, 30, 60, np.inf])
 T_975 = np.array([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.306, 2.228, 2.131, 2.042, 2.000, 1.960])

@@ -3,8 +3,8 @@
 An arm's value in a bucket of batch sizes is the predicted gain times a learnt correction: how much more or less
 than predicted this arm has really yielded, pooled over buckets and then per bucket. Acceptance and step times are
 learnt elsewhere and shared by all buckets; the correction holds only what they miss. An arm that is not the best
-is tried when its optimistic value beats the best, and only out of a budget: what exploration is predicted to
-cost stays below a stated share of the time.
+is tried when its optimistic value beats the best, and only out of a budget that is charged with what trials have
+really cost: exploration stays below a stated share of the time, plus one trial per debt.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Arbiter:
 
     Args:
         arms: At least two names; the first is plain decoding, whose value is 1 by definition.
-        explore_share: Largest share of the time that exploration may be predicted to cost.
+        explore_share: Largest share of the time that exploration may cost.
         buckets: Number of batch buckets; bucket b holds 2^b <= B < 2^(b + 1).
     """
 
@@ -68,7 +68,7 @@ class Arbiter:
     def explore(
         self, gains: dict[str, float], best: str, batch: int, seconds: float, passes: int = 1
     ) -> str | None:
-        """An arm to try instead of `best` in this pass, or None.
+        """An arm to try instead of `best` in this pass, or None; `charge` what it has cost.
 
         Args:
             gains: Value of every arm on offer, already corrected (speed over plain decoding).
@@ -85,9 +85,13 @@ class Arbiter:
             optimism = math.exp(_SPREAD / math.sqrt(1 + tried / _PRIOR))
             loss = seconds * max(gains[best] / gain - 1, _LEAST_LOSS)
             if gain * optimism > gains[best] and loss <= self._budget:
-                self._budget -= loss
                 return arm
         return None
+
+    def charge(self, seconds: float) -> None:
+        """A trial was made and has lost this much time (below 0: won); the budget may run into debt by it."""
+        if math.isfinite(seconds):
+            self._budget -= seconds
 
     def observe(self, arm: str, batch: int, predicted: float, seen: float) -> None:
         """Learn from one pass: its predicted (uncorrected) gain, and what it yielded."""

@@ -34,6 +34,11 @@ _LONGEST_REST, _CROWD = 3, 8  # plain passes between looks while nothing changes
 _WEIGHTS_EVERY = 16  # passes between looks at who will be the straggler
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
 _MOST = 0.999  # nothing is certain
+_SURE = 1.6  # a gain that is one even if plain passes are cheaper than predicted by as much as they ever were
+_REFERENCES, _REFERENCE_AGE = (
+    3,
+    64,
+)  # else: plain passes to have seen at about this batch size, the last so long ago
 _FADE_EVERY, _FADE = 64, 0.9  # every so many passes what was learnt of an idle drafter keeps this weight
 
 
@@ -47,12 +52,18 @@ class _Candidate:
 
 
 class _Predicted(NamedTuple):
-    """What is expected of the pass under way; `gain` is not corrected by what the arbiter learnt."""
+    """What is expected of the pass under way.
+
+    Attributes:
+        gain: Not corrected by what the arbiter learnt.
+        instead: Gain of what would have run, if this is a trial; else None.
+    """
 
     arm: str
     slots: np.ndarray
     gain: float
     plain_seconds: float
+    instead: float | None
 
 
 class AutomaticPolicy:
@@ -65,7 +76,7 @@ class AutomaticPolicy:
         margin: Predicted gain over what runs now that a switch must promise, e.g. 0.02.
         probe_share: Share of the passes that would speculate and are run plainly instead, at random, to measure
             the time really saved.
-        explore_share: Largest share of the time that exploration may be predicted to cost.
+        explore_share: Largest share of the time that exploration may cost.
         ragged: Whether K may differ between sequences of one pass.
         seed: Of the probes.
     """
@@ -167,8 +178,12 @@ class AutomaticPolicy:
             return Plan.plain(batch, Reason.NOT_WORTH, plain_seconds)
         if self._rng.random() < self.probe_share:
             return Plan.plain(batch, Reason.PROBE, plain_seconds)
+        seen, age = self.costs.plain_age(batch)
+        if gains[arm] < _SURE and (seen < _REFERENCES or age > _REFERENCE_AGE):
+            return Plan.plain(batch, Reason.REFERENCE, plain_seconds)
         chosen = candidates[arm] if arm in candidates else round.candidate(arm)
-        self._predicted = _Predicted(arm, round.state.slots, chosen.gain, plain_seconds)
+        instead = gains[best] if reason is Reason.EXPLORE else None
+        self._predicted = _Predicted(arm, round.state.slots, chosen.gain, plain_seconds, instead)
         gain = chosen.gain * self.arbiter.correction(arm, batch)
         return Plan(chosen.draft_lengths, chosen.from_history, chosen.drafter, reason, gain, chosen.seconds)
 
@@ -232,14 +247,13 @@ class AutomaticPolicy:
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         batch, rows = len(state.slots), len(state.slots) + int(plan.draft_lengths.sum())
         context = int(state.lengths.sum())
-        self.costs.observe(
-            TARGET, rows, self.costs.model.target(batch, rows, context), outcome.target_seconds
-        )
+        self.costs.observe_target(batch, rows, context, outcome.target_seconds)
         if plan.speculates:
             own = plan.draft_lengths - plan.from_history
             if plan.drafter is not None:
-                expected = self.costs.drafting(plan.drafter, context, own, plan.from_history)
-                self.costs.observe(plan.drafter, batch, expected, outcome.draft_seconds)
+                self.costs.observe_drafting(
+                    plan.drafter, context, own, plan.from_history, outcome.draft_seconds
+                )
                 self._learn_acceptance(plan.drafter, state, plan, outcome, own)
             self._learn_gain(state, outcome)
         if outcome.finished.any():
@@ -257,6 +271,8 @@ class AutomaticPolicy:
         worth = float(weights @ np.minimum(outcome.accepted + 1, state.allowed))
         gain = worth * predicted.plain_seconds / outcome.seconds
         self.arbiter.observe(predicted.arm, len(state.slots), predicted.gain, gain)
+        if predicted.instead is not None:
+            self.arbiter.charge(outcome.seconds - worth * predicted.plain_seconds / predicted.instead)
 
     def _learn_acceptance(
         self, drafter: str, state: StepState, plan: Plan, outcome: StepOutcome, own: np.ndarray

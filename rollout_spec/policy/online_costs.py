@@ -3,35 +3,66 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import numpy as np
 
 from rollout_spec.policy.cost_model import TARGET, CostModel
 
 _STEP = 0.08  # weight of one pass in the correction
-_CLIP = math.log(2.0)  # one pass may not say more than this: machines hiccup
+_MISSED = 4  # what was not seen for this many passes is known less well: the next pass counts for as many
+_RECENT = 3  # the median of so many passes counts: machines hiccup
 _BUCKETS = 20
+_PLAIN = "plain"
 
 
 class _Correction:
-    """Factor on a kind of pass, per power of two of its rows; where nothing was seen, the mean of what was."""
+    """Factor on a kind of pass, per power of two of its rows; where nothing was seen, the mean of what was.
+
+    Attributes:
+        factors: By bit length of the rows.
+        mean: Of the logarithms of what was seen; None before the first pass.
+        last: By bucket: when a pass of it was seen last; None: never.
+        seen: By bucket: passes seen.
+    """
 
     def __init__(self) -> None:
         self.factors = [1.0] * _BUCKETS
-        self._logs: list[float | None] = [None] * _BUCKETS
+        self.mean: float | None = None
+        self.last: list[int | None] = [None] * _BUCKETS
+        self.seen = [0] * _BUCKETS
+        self._logs = [0.0] * _BUCKETS
+        self._recent: list[deque[float]] = [deque(maxlen=_RECENT) for _ in range(_BUCKETS)]
 
-    def add(self, rows: int, log_ratio: float) -> None:
+    def add(self, rows: int, log_ratio: float, now: int) -> None:
         bucket = rows.bit_length()
-        old = self._logs[bucket]
-        clipped = min(max(log_ratio - (old or 0.0), -_CLIP), _CLIP)
-        self._logs[bucket] = (old or 0.0) + (clipped if old is None else _STEP * clipped)
-        known = [log for log in self._logs if log is not None]
-        mean = sum(known) / len(known)
-        self.factors = [math.exp(mean if log is None else log) for log in self._logs]
+        recent, last = self._recent[bucket], self.last[bucket]
+        recent.append(log_ratio)
+        self.seen[bucket] += 1
+        usual = sorted(recent)[(len(recent) - 1) // 2]
+        if last is None or self.seen[bucket] <= _RECENT:
+            self._logs[bucket] = usual
+        else:
+            step = max(1 / self.seen[bucket], 1 - (1 - _STEP) ** min(now - last, _MISSED))
+            self._logs[bucket] += step * (usual - self._logs[bucket])
+        self.last[bucket] = now
+        known = [log for log, when in zip(self._logs, self.last, strict=True) if when is not None]
+        self.mean = sum(known) / len(known)
+        self.expect(self.mean)
+
+    def expect(self, mean: float) -> None:
+        """Let `mean` stand for what was not seen."""
+        self.factors = [
+            math.exp(mean if when is None else log) for log, when in zip(self._logs, self.last, strict=True)
+        ]
 
 
 class OnlineCosts:
     """A cost model and what the run itself has shown of its errors.
+
+    Plain passes and verify passes are corrected apart: what they are compared for must not leak from one to the
+    other. A kind of pass that was never seen is taken to be wrong by as much as plain passes are: a machine that is
+    slower today is slower for all.
 
     Attributes:
         model: As calibrated.
@@ -39,14 +70,20 @@ class OnlineCosts:
 
     def __init__(self, model: CostModel) -> None:
         self.model = model
-        self._corrections = {kind: _Correction() for kind in model.passes}
-        self._target, self._target_correction = model.passes[TARGET], self._corrections[TARGET]
+        self._corrections = {kind: _Correction() for kind in (_PLAIN, *model.passes)}
+        self._target = model.passes[TARGET]
+        self._plain, self._verify = self._corrections[_PLAIN], self._corrections[TARGET]
+        self._passes = 0
 
     def target(self, batch: int, rows: int, kv_tokens: int) -> float:
         """Seconds of a target pass with everything around it, see `CostModel.target`."""
-        return (
-            self._target.seconds(batch, rows, kv_tokens) * self._target_correction.factors[rows.bit_length()]
-        )
+        correction = self._plain if rows == batch else self._verify
+        return self._target.seconds(batch, rows, kv_tokens) * correction.factors[rows.bit_length()]
+
+    def plain_age(self, batch: int) -> tuple[int, int]:
+        """Plain passes seen with about `batch` sequences, and passes of any kind since the last of them."""
+        last = self._plain.last[batch.bit_length()]
+        return self._plain.seen[batch.bit_length()], self._passes - (last or 0)
 
     def draft(self, drafter: str, batch: int, kv_tokens: int) -> float:
         """Seconds of one drafter step over `batch` sequences."""
@@ -58,16 +95,28 @@ class OnlineCosts:
         cost = self.model.passes[drafter]
         return cost.seconds(batch, batch + rows, 0) - cost.seconds(batch, batch, 0)
 
-    def drafting(self, drafter: str, kv_tokens: int, own: np.ndarray, before: np.ndarray) -> float:
-        """Uncorrected seconds of drafting `own [B]` tokens behind `before [B]` of history."""
+    def observe_target(self, batch: int, rows: int, kv_tokens: int, seconds: float) -> None:
+        """A target pass was run, plain (`rows == batch`) or to verify."""
+        self._passes += 1
+        kind = _PLAIN if rows == batch else TARGET
+        self._observe(kind, rows, self._target.seconds(batch, rows, kv_tokens), seconds)
+
+    def observe_drafting(
+        self, drafter: str, kv_tokens: int, own: np.ndarray, before: np.ndarray, seconds: float
+    ) -> None:
+        """A drafter drafted `own [B]` tokens behind `before [B]` of history, in `seconds` altogether."""
         batch, cost = len(own), self.model.passes[drafter]
-        seconds = self.catching_up(drafter, batch, int(before[own > 0].sum()))
+        expected = self.catching_up(drafter, batch, int(before[own > 0].sum()))
         for depth in range(int(own.max())):
             active = int((own > depth).sum())
-            seconds += cost.seconds(active, active, kv_tokens * active // batch)
-        return seconds
+            expected += cost.seconds(active, active, kv_tokens * active // batch)
+        self._observe(drafter, batch, expected, seconds)
 
-    def observe(self, kind: str, rows: int, expected: float, seconds: float) -> None:
-        """A pass (for a drafter: all its steps of one round) that was expected to take, uncorrected, `expected`."""
-        if expected > 0 and seconds > 0 and math.isfinite(seconds / expected):
-            self._corrections[kind].add(rows, math.log(seconds / expected))
+    def _observe(self, kind: str, rows: int, expected: float, seconds: float) -> None:
+        if not (expected > 0 and seconds > 0 and math.isfinite(seconds / expected)):
+            return
+        self._corrections[kind].add(rows, math.log(seconds / expected), self._passes)
+        if self._plain.mean is not None:
+            for correction in self._corrections.values():
+                if correction.mean is None:
+                    correction.expect(self._plain.mean)

@@ -27,6 +27,7 @@ class Reason(str, Enum):
     NOT_WORTH = "not-worth"  # no candidate is predicted to be faster by more than the margin
     EXPLORE = "explore"  # tried although not predicted best, within the exploration budget
     PROBE = "probe"  # a randomized plain step, to know the time really saved
+    REFERENCE = "reference"  # a plain step to learn what plain decoding costs now
     BAD_COST = "bad-cost"  # the cost model answers zero, infinity or NaN: decode plainly
 
 

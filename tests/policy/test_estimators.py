@@ -118,20 +118,50 @@ def test_nobody_runs_past_what_is_allowed():
 def test_corrections_are_local_and_spread_where_nothing_was_seen():
     costs = OnlineCosts(CostModel({"target": PassCost(1e-3, 0, 1e-2, 1e-4, 0)}))
     for _ in range(100):
-        costs.observe("target", 64, costs.model.target(64, 64, 0), 2 * costs.model.target(64, 64, 0))
+        costs.observe_target(64, 64, 0, 2 * costs.model.target(64, 64, 0))
     assert costs.target(64, 64, 0) == pytest.approx(2 * costs.model.target(64, 64, 0), rel=0.05)
     assert costs.target(1, 1, 0) > 1.5 * costs.model.target(1, 1, 0)
     for _ in range(100):
-        costs.observe("target", 1, costs.model.target(1, 1, 0), costs.model.target(1, 1, 0))
+        costs.observe_target(1, 1, 0, costs.model.target(1, 1, 0))
     assert costs.target(1, 1, 0) == pytest.approx(costs.model.target(1, 1, 0), rel=0.1)
 
 
 def test_one_hiccup_hardly_counts():
     costs = OnlineCosts(CostModel({"target": PassCost(1e-3, 0, 1e-2, 1e-4, 0)}))
     usual = costs.model.target(1, 1, 0)
-    for seconds in (usual, usual, 50 * usual):
-        costs.observe("target", 1, usual, seconds)
+    for seconds in (50 * usual, usual, usual, usual, 50 * usual):
+        costs.observe_target(1, 1, 0, seconds)
     assert costs.target(1, 1, 0) < 1.1 * usual
+
+
+def test_verify_passes_do_not_change_what_plain_ones_cost():
+    costs = OnlineCosts(CostModel({"target": PassCost(1e-3, 0, 1e-2, 1e-4, 0)}))
+    plain, verify = costs.model.target(16, 16, 0), costs.model.target(4, 20, 0)
+    for _ in range(20):
+        costs.observe_target(16, 16, 0, 0.8 * plain)
+        costs.observe_target(4, 20, 0, 1.3 * verify)
+    assert costs.target(16, 16, 0) == pytest.approx(0.8 * plain)
+    assert costs.target(4, 20, 0) == pytest.approx(1.3 * verify)
+
+
+def test_a_kind_never_seen_is_as_wrong_as_plain_passes_are():
+    costs = OnlineCosts(CostModel({kind: PassCost(1e-3, 0, 1e-2, 1e-4, 0) for kind in ("target", "nf4")}))
+    for _ in range(5):
+        costs.observe_target(4, 4, 0, 1.5 * costs.model.target(4, 4, 0))
+    assert costs.target(4, 20, 0) == pytest.approx(1.5 * costs.model.target(4, 20, 0))
+    assert costs.draft("nf4", 1, 0) == pytest.approx(1.5 * costs.model.draft("nf4", 1, 0))
+
+
+def test_a_pass_after_a_long_gap_counts_for_more():
+    costs = OnlineCosts(CostModel({"target": PassCost(1e-3, 0, 1e-2, 1e-4, 0)}))
+    usual = costs.model.target(1, 1, 0)
+    for _ in range(20):
+        costs.observe_target(1, 1, 0, usual)
+    for _ in range(6):  # plain passes have become slower, and are seen rarely
+        for _ in range(50):
+            costs.observe_target(1, 8, 0, costs.model.target(1, 8, 0))
+        costs.observe_target(1, 1, 0, 1.3 * usual)
+    assert costs.target(1, 1, 0) > 1.15 * usual
 
 
 # --- the bandit ------------------------------------------------------------------------------------------
@@ -147,10 +177,13 @@ def play(true, predicted, passes, batch=1, share=0.01, seed=0):
     for _ in range(passes):
         gains = {a: g * bandit.correction(a, batch) for a, g in predicted.items()} | {"plain": 1.0}
         best = max(gains, key=gains.get)
-        arm = bandit.explore(gains, best, batch, 1.0) or best
+        trial = bandit.explore(gains, best, batch, 1.0)
+        arm = trial or best
         gain = 1.0 if arm == "plain" else true[arm] * rng.lognormal(0, 0.2)
         if arm != "plain":
             bandit.observe(arm, batch, predicted[arm], gain)
+        if trial:
+            bandit.charge(gains[best] / gain - 1)
         arms.append(arm)
         lost += 1 / (1.0 if arm == "plain" else true[arm]) - 1 / max(1.0, *true.values())
     return bandit, arms, lost / (passes / max(1.0, *true.values()))
