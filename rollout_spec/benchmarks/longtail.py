@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from rollout_spec.benchmarks.bootstrap import median_interval
+from rollout_spec.benchmarks.calibrated import calibrated
 from rollout_spec.benchmarks.degrade import degrade, perturb
 from rollout_spec.contracts import Completion, SamplingParams, SpecCounts
 from rollout_spec.drafters.history import History
@@ -26,6 +27,7 @@ from rollout_spec.policy.workloads import Workload, from_lengths
 
 _LONGEST, _PROMPT = 512, 16  # tokens; prompts are about as long
 _DEGRADED, _DEGRADED_DRAWS = (0.96, 0.90), 8
+RULES = ("best fixed", "EfficientRollout rule, tuned", "TLT bandit, tuned")
 _GRID_K, _GRID_BATCH = (1, 2, 3, 4, 5, 6, 8, 10, 12), (1, 2, 4, 8, 16, 32)
 
 
@@ -65,6 +67,7 @@ class LongTail:
 
     Attributes:
         results: By name: speedup over plain decoding with its interval, and counts.
+        over: Speed of automatic mode over the other rules, by name: median of the draws' ratios, and its interval.
         notes: What was found on the way: acceptance, the best fixed rule, predictions.
     """
 
@@ -75,15 +78,21 @@ class LongTail:
             seed=seed,
             max_model_len=640,
             max_num_seqs=batch,
-            speculation={"drafter": "nf4", "verifier": "coupled", "canary_min_acceptance": 0.0},
+            speculation={
+                "drafter": "nf4",
+                "draft_length": 6,
+                "verifier": "coupled",
+                "canary_min_acceptance": 0.0,
+            },
         )
-        calibration = self.engine.backend.calibration
-        assert calibration is not None
+        calibration = calibrated(self.engine, console)
         self.costs = calibration.cost_model
         self.results: dict[str, dict[str, Any]] = {}
+        self.over: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {
             "exactness": self.engine.stats().exactness,
-            "calibration": {"brief": calibration.brief, "costs": self.costs.to_dict()},
+            "costs": self.costs.to_dict(),
+            "held_out_error": {kind: vars(error) for kind, error in calibration.held_out.items()},
         }
         self._prompts = _stratified(batch, draws + 2, seed)
         self._tuning = _stratified(batch, 8, seed + 1)
@@ -101,12 +110,18 @@ class LongTail:
             {
                 "plain": Off(),
                 "automatic, self-drafter": self._automatic(),
-                "best fixed": fixed(),
-                "EfficientRollout rule, tuned": efficient(),
-                "TLT bandit, tuned": bandit(),
+                **dict(zip(RULES, (fixed(), efficient(), bandit()), strict=True)),
             },
             self._prompts,
         )
+        for rule in RULES:
+            pairs = zip(runs[rule].seconds, runs["automatic, self-drafter"].seconds, strict=True)
+            ratios = [other / automatic for other, automatic in pairs]
+            low, high = median_interval(ratios)
+            self.over[rule] = {
+                "median_ratio": round(float(np.median(ratios)), 4),
+                "interval_95": [round(low, 4), round(high, 4)],
+            }
         self._predict(runs, lengths)
         self._second_epoch()
         for acceptance in _DEGRADED:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 from rich.console import Console
 
 from rollout_spec.benchmarks.bootstrap import median_interval
+from rollout_spec.benchmarks.calibrated import calibrated
 from rollout_spec.benchmarks.degrade import perturb
 from rollout_spec.contracts import SamplingParams
+from rollout_spec.drafters.history import History
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import load_problems
 from rollout_spec.models.checkpoint import read_checkpoint
@@ -29,6 +32,8 @@ _USELESS = 4.0  # relative noise on the drafter's weights that leaves nothing of
 class NeverSlower:
     """Automatic mode against plain decoding in one engine, so at equal memory, at every batch size.
 
+    Every pair has prompts of its own, so that history finds nothing but the answer at hand.
+
     Attributes:
         ratios: By situation and batch: median and interval of plain time / automatic time, and the pairs.
     """
@@ -42,9 +47,11 @@ class NeverSlower:
             max_model_len=512,
             max_num_seqs=max(BATCHES),
             kv_cache_tokens=max(BATCHES) * 192,
-            speculation={"drafter": "nf4", "canary": False, "canary_min_acceptance": 0.0},
+            speculation={"drafter": "nf4", "draft_length": 4, "canary": False, "canary_min_acceptance": 0.0},
         )
-        self.prompts = load_problems().prompts(max(BATCHES), seed, "test")
+        self.calibration = calibrated(self.engine, console)
+        self._history = History()
+        self._prompts = iter(load_problems().prompts(3 * (pairs + 1) * sum(BATCHES), seed, "test"))
 
     def useful(self) -> None:
         """With the drafter as it is, learning on from run to run, as in use."""
@@ -65,31 +72,28 @@ class NeverSlower:
 
     def _sweep(self, situation: str, before: Callable[[], None]) -> None:
         engine, backend = self.engine, self.engine.backend
-        assert backend.calibration is not None
-        automatic, off = AutomaticPolicy(backend.calibration.cost_model, seed=self.seed), Off()
-        history = backend.history
+        automatic, off = AutomaticPolicy(self.calibration.cost_model, seed=self.seed), Off()
         for batch in BATCHES:
             params = SamplingParams(max_tokens=max(16, min(64, _ROWS_OF_WORK // batch)), ignore_eos=True)
             seconds: dict[bool, list[float]] = {False: [], True: []}
 
-            def run(policy: SpeculationPolicy, batch: int = batch, params: SamplingParams = params) -> float:
+            def run(policy: SpeculationPolicy, prompts: list[str], params: SamplingParams = params) -> float:
                 before()
                 backend.policy = policy
-                backend.history = history if policy is automatic else None
+                backend.history = self._history if policy is automatic else None
                 start = time.perf_counter()
-                engine.generate(self.prompts[:batch], params)
+                engine.generate(prompts, params)
                 return time.perf_counter() - start
 
             with self.console.status(f"{situation}, B={batch}"):
                 for pair in range(-1, self.pairs):
+                    prompts = list(islice(self._prompts, batch))
                     for speculates in (False, True) if pair % 2 else (True, False):
-                        taken = run(automatic if speculates else off)
+                        taken = run(automatic if speculates else off, prompts)
                         if pair >= 0:
                             seconds[speculates].append(taken)
             ratios = np.array(seconds[False]) / np.array(seconds[True])
-            low, high = median_interval(
-                ratios.tolist(), level=0.90
-            )  # its lower end is the one-sided 95 % bound
+            low, high = median_interval(ratios.tolist(), level=0.90)  # low: the one-sided 95 % bound
             name = f"{situation}, B={batch}"
             self.ratios[name] = {
                 "median_ratio": round(float(np.median(ratios)), 4),
