@@ -4,32 +4,35 @@ One table maps a hash of the last n tokens (n-gram) to the place where they last
 prompt, of every answer to it that is being written, and of the answers kept from earlier. Places are checked
 against the text before use, so a hash collision or a forgotten text costs a match, never a false one.
 
+A lookup is a small number of numpy calls over all sequences, because plain passes, which gain nothing, pay for it.
+
 Confidence needs no verification: a fixed proposal is accepted exactly when the target emits the same token, so
 every emitted token is an outcome, whether it was drafted or decoded plainly.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import count
-from zlib import crc32
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
+from rollout_spec.drafters.texts import Texts
 from rollout_spec.policy.records import Matches
 
 SOURCES = ("own", "siblings", "epochs")
 OWN, SIBLINGS, EPOCHS = range(3)
 
 _PROMPT_WINDOW = 4096  # a longer prompt is indexed from here to its end
-_PLACE_BITS = 24  # a place is text number << 24 | position; 0 is nowhere
+_PLACE_BITS = 24  # a place is text << 24 | position; 0 is nowhere
 _POSITION = (1 << _PLACE_BITS) - 1
-_LIVE_BYTES = 40  # of a token in a list: the pointer and the number
+_MOST_UNREAD = 64  # plain passes put off before they are read
+_FIRST_SLOTS, _FIRST_ROOM = 16, 64
 _MEMORY = 2048.0  # outcomes a confidence remembers
+_PRIOR = np.array([[1.0], [2.0]])  # right and tried of Beta(1, 1)
 
 
 @dataclass(frozen=True)
@@ -53,46 +56,6 @@ class HistoryStats:
     right: np.ndarray
 
 
-@dataclass(eq=False, slots=True)
-class _Text:
-    """A prompt or an answer; an answer begins with the last tokens of its prompt.
-
-    Attributes:
-        number: Never given twice.
-        salt: Of its group, so that groups do not share table entries.
-        tokens: Token ids; an int32 array once nothing is appended any more.
-        keys: Table entries of the n-grams it ends with, longest first.
-        round: Weight updates seen when it was finished; None for a prompt and while it is being written.
-        found, draft: What matches its end, as (text, place, bucket), and the tokens proposed.
-    """
-
-    number: int
-    salt: int
-    tokens: list[int] | array[int]
-    keys: list[int] = field(default_factory=list)
-    is_prompt: bool = False
-    round: int | None = None
-    found: tuple[_Text, int, int] | None = None
-    draft: list[int] = field(default_factory=list)
-
-
-@dataclass(eq=False, slots=True)
-class _Live:
-    """An answer being written, and what its group is made of again if it was evicted meanwhile."""
-
-    text: _Text
-    key: Hashable
-    prompt: array[int]
-
-
-@dataclass(eq=False, slots=True)
-class _Group:
-    """What is kept for one prompt; the last in `answers` is the newest."""
-
-    prompt: _Text
-    answers: deque[_Text] = field(default_factory=deque)
-
-
 class History:
     """Proposes the continuation of the latest occurrence of the longest known n-gram a sequence ends with.
 
@@ -105,7 +68,9 @@ class History:
 
     Args:
         max_tokens: Tokens kept of prompts and finished answers; the least recently used prompts go first. A token
-            costs 4 bytes of text and 16 to 32 of the table, which is allocated at the start.
+            costs up to 8 bytes of text and 16 to 32 of the table, which is allocated at the start; a text costs up
+            to 160 on top. Of an answer being written a token costs up to 16. Text takes twice as much for the
+            moment in which it is moved to a larger array.
         answers_per_prompt: Latest answers kept of each prompt.
         orders: Lengths of the n-grams looked up.
         longest: Most tokens proposed at once.
@@ -121,17 +86,26 @@ class History:
         self.max_tokens, self.answers_per_prompt, self.longest = max_tokens, answers_per_prompt, longest
         self.orders = tuple(sorted(set(orders), reverse=True))
         assert self.orders and self.orders[-1] > 0 and max_tokens > 0 and answers_per_prompt > 0
-        size = 1 << max(16, (2 * max_tokens - 1).bit_length())
-        self._table = memoryview(bytearray(8 * size)).cast("q")
-        self._mask = size - 1
-        self._numbers = count(1)
-        self._texts: dict[int, _Text] = {}
-        self._groups: OrderedDict[Hashable, _Group] = OrderedDict()
-        self._live: dict[int, _Live] = {}
-        self._tokens = self._evicted = self._round = 0
-        buckets = len(SOURCES) * len(self.orders)
-        self._hits, self._trials = [1.0] * buckets, [2.0] * buckets  # Beta(1, 1)
-        self._tried, self._right = [0] * buckets, [0] * buckets
+        bits = max(16, (2 * max_tokens - 1).bit_length())
+        self._table = np.zeros(1 << bits, np.int64)
+        self._shift, self._mask = 64 - bits, (1 << bits) - 1
+        # [orders, reach]: which of the tokens read for the longest n-gram are not of this one.
+        self._outside = np.arange(self.orders[0], 0, -1) > np.array(self.orders)[:, None]
+        random = np.random.default_rng(0).integers(-(1 << 63), 1 << 63, self._outside.shape)
+        self._weights = np.where(self._outside, 0, random | 1).T.copy()
+        self._texts = Texts(self.orders[0], longest)
+        # By key: the prompt and the answers kept, the newest last.
+        self._groups: OrderedDict[Hashable, list[int]] = OrderedDict()
+        # By slot: key and prompt, of which the group is made again if it was evicted meanwhile.
+        self._live: dict[int, tuple[Hashable, np.ndarray]] = {}
+        self._unread: list[np.ndarray] = []  # [B, 1] each: a token of each of `_unread_slots` [B]
+        self._unread_slots = np.zeros(0, np.int64)
+        self._tokens = self._evicted = 0
+        self._state, self._drafts = np.zeros((0, 4), np.int64), np.zeros((0, 2 * longest), np.int32)
+        self._more_slots(_FIRST_SLOTS)
+        # [2, buckets]: right and tried tokens, by source and length: all of them, and those remembered.
+        self._outcomes = np.zeros((2, len(SOURCES) * len(self.orders)))
+        self._recent = self._outcomes + _PRIOR
 
     # --- sequences -------------------------------------------------------------------------------------
 
@@ -147,176 +121,209 @@ class History:
             group: Which texts it may match; None: those with the same prompt.
         """
         assert slot not in self._live and len(prompt)
+        self._read()
         key = blake2b(prompt.tobytes(), digest_size=16).digest() if group is None else group
-        window = array("i", prompt[-_PROMPT_WINDOW:].tolist())
-        shared = self._group(key, window).prompt
-        text = self._new_text(shared.salt, list(window[-self.orders[0] :]))
-        self._live[slot] = _Live(text, key, window)
+        window = prompt[-_PROMPT_WINDOW:].astype(np.int32)
+        shared = self._group(key, window)[0]
+        salt = self._texts.salt[shared]
+        if slot >= len(self._text):
+            self._more_slots(max(slot + 1, 2 * len(self._text)))
+        text = self._texts.add(window[-self.orders[0] :], _FIRST_ROOM + self.orders[0], salt, SIBLINGS, slot)
+        self._live[slot], self._state[slot] = (key, window), (text, 0, 0, 0)
         if output is not None:
-            self._append(text, output.tolist())
+            self._append(np.array([text]), output[None], np.array([len(output)]))
         self._make_room()
 
     def extend(self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray) -> None:
         """Take what a step emitted: the first `emitted[b]` of `tokens[b]`; slots [B], tokens [B, S], emitted [B]."""
-        for slot, row, kept in zip(slots.tolist(), tokens.tolist(), emitted.tolist()):
-            text, row = self._live[slot].text, row[:kept]
-            if text.found is not None:
-                self._learn(text.found[2], text.draft, row)
-            text.found, text.draft = None, []
-            self._append(text, row)
+        if (emitted != 1).any():
+            self._read()
+            self._take(slots, tokens, emitted)
+            return
+        if not np.array_equal(slots, self._unread_slots) or len(self._unread) == _MOST_UNREAD:
+            self._read()
+            self._unread_slots = slots.copy()
+        self._unread.append(tokens[:, :1])
 
     def finish(self, slot: int, keep: bool = True) -> None:
         """The sequence leaves `slot`; its answer is kept for others unless it was aborted or preempted."""
-        live = self._live.pop(slot)
-        text = live.text
-        text.found, text.round, text.tokens = None, self._round, array("i", text.tokens)
+        self._read()
+        texts, text = self._texts, int(self._text[slot])
+        key, prompt = self._live.pop(slot)
+        self._state[slot], texts.slot[text], texts.room[text] = 0, -1, texts.length[text]
+        self._tokens += int(texts.length[text])
         if not keep:
-            del self._texts[text.number]
+            self._forget(text)
             return
-        group = self._group(live.key, live.prompt)
-        group.answers.append(text)
-        self._tokens += len(text.tokens)
-        if len(group.answers) > self.answers_per_prompt:
-            self._forget(group.answers.popleft())
+        group = self._group(key, prompt)
+        group.append(text)
+        if len(group) > 1 + self.answers_per_prompt:
+            self._forget(group.pop(1))
         self._make_room()
 
     # --- proposals -------------------------------------------------------------------------------------
 
     def match(self, slots: np.ndarray, limits: np.ndarray) -> Matches:
         """What can be proposed now for `slots` [B], at most `limits` [B] tokens each."""
-        texts = [self._live[slot].text for slot in slots.tolist()]
-        for text in texts:
-            text.found = self._find(text)
-        lengths, confidence = [], []
-        for text, limit in zip(texts, limits.tolist()):
-            text.draft = _draft(text, min(limit, self.longest))
-            bucket = 0 if text.found is None else text.found[2]
-            lengths.append(len(text.draft))
-            confidence.append(self._hits[bucket] / self._trials[bucket] if text.draft else 0.0)
-        return Matches(np.array(lengths, np.int64), np.array(confidence))
+        self._read()
+        own, texts = self._text[slots], self._texts
+        text, at, order = self._find(own)
+        start, length, _, _, source, slot = texts.numbers.take(text, 0).T
+        self._drafts[slots, : self.longest] = texts.after[start + at]
+        self._found[slots] = found = np.minimum(length - at, self.longest)
+        if ((slot >= 0) & (found < self.longest)).any():
+            self._go_on(slots, slot)
+            found = self._found[slots]
+        self._count[slots] = lengths = np.minimum(found, limits)
+        self._bucket[slots] = bucket = np.where(text == own, OWN, source) * len(self.orders) + order
+        confidence = self._recent[0] / self._recent[1]
+        return Matches(lengths, np.where(lengths > 0, confidence[bucket], 0.0))
 
     def propose(self, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The first `counts` [B] tokens that the latest `match` of `slots` [B] found: int64 [B, max(counts)].
 
         The rows are padded with 0; a count is at most that match's length.
         """
-        drafts = [self._live[slot].text.draft[:kept] for slot, kept in zip(slots.tolist(), counts.tolist())]
-        width = max(map(len, drafts), default=0)
-        rows = [draft + [0] * (width - len(draft)) for draft in drafts]
-        return np.array(rows, np.int64).reshape(len(drafts), width)
+        width = int(counts.max(initial=0))
+        drafts = self._drafts[slots, :width].astype(np.int64)
+        return np.where(np.arange(width) < counts[:, None], drafts, 0)
 
     def after_update(self) -> None:
         """The weights have changed: finished answers are an earlier epoch's, and confidence counts for half."""
-        self._round += 1
-        self._hits = [1 + (hits - 1) / 2 for hits in self._hits]
-        self._trials = [2 + (trials - 2) / 2 for trials in self._trials]
+        self._read()
+        texts = self._texts
+        texts.source[(texts.source == SIBLINGS) & (texts.slot < 0)] = EPOCHS
+        self._recent = (self._recent + _PRIOR) / 2
 
     def stats(self) -> HistoryStats:
         """Counts since the start, and what is held now."""
-        shape = len(SOURCES), len(self.orders)
-        live = sum(len(live.text.tokens) for live in self._live.values())
+        self._read()
+        right, tried = self._outcomes.astype(np.int64).reshape(2, len(SOURCES), len(self.orders))
+        arrays: list[np.ndarray] = [self._table, self._state, self._drafts]
+        arrays += [self._texts.tokens, self._texts.numbers, *(prompt for _, prompt in self._live.values())]
         return HistoryStats(
             prompts=len(self._groups),
-            answers=sum(len(group.answers) for group in self._groups.values()),
+            answers=sum(len(group) - 1 for group in self._groups.values()),
             tokens=self._tokens,
             evicted=self._evicted,
-            nbytes=self._table.nbytes + 4 * self._tokens + _LIVE_BYTES * live,
-            tried=np.array(self._tried).reshape(shape),
-            right=np.array(self._right).reshape(shape),
+            nbytes=sum(array.nbytes for array in arrays),
+            tried=tried,
+            right=right,
         )
 
     # --- the table -------------------------------------------------------------------------------------
 
-    def _new_text(self, salt: int, tokens: list[int]) -> _Text:
-        number = next(self._numbers)
-        text = _Text(number, salt, tokens)
-        text.keys = self._keys(text)
-        self._texts[number] = text
-        return text
+    def _read(self) -> None:
+        """Take what plain passes emitted since the last look, in one go: with nothing to propose it need not be now."""
+        if self._unread:
+            tokens, slots = np.concatenate(self._unread, 1), self._unread_slots
+            self._unread, self._unread_slots = [], slots[:0]
+            self._take(slots, tokens, np.full(len(slots), tokens.shape[1]))
 
-    def _keys(self, text: _Text) -> list[int]:
-        tail, salt, mask = tuple(text.tokens[-self.orders[0] :]), text.salt, self._mask
-        return [(hash(tail[-n:]) ^ salt) & mask for n in self.orders]
+    def _take(self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray) -> None:
+        self._learn(slots, tokens, emitted)
+        self._found[slots] = self._count[slots] = 0
+        self._append(self._text[slots], tokens, emitted)
 
-    def _append(self, text: _Text, tokens: Sequence[int]) -> None:
-        assert isinstance(text.tokens, list)
-        table, place, keys = self._table, text.number << _PLACE_BITS | len(text.tokens), text.keys
-        for token in tokens:
-            for key in keys:
-                table[key] = place
-            place += 1
-            text.tokens.append(token)
-            keys = self._keys(text)
-        text.keys = keys
+    def _keys(self, tails: np.ndarray, salt: np.ndarray) -> np.ndarray:
+        """Table entries [N, orders] of the n-grams that `tails` [N, reach] of groups `salt` [N] end with."""
+        return (tails @ self._weights + salt[:, None]) >> self._shift & self._mask
 
-    def _find(self, text: _Text) -> tuple[_Text, int, int] | None:
-        tokens = text.tokens
-        for i, n in enumerate(self.orders):
-            place = self._table[text.keys[i]]
-            found = self._texts.get(place >> _PLACE_BITS)
-            at = place & _POSITION
-            if found is not None and at >= n and [*found.tokens[at - n : at]] == tokens[-n:]:
-                return found, at, self._source(text, found) * len(self.orders) + i
-        return None
+    def _append(self, text: np.ndarray, tokens: np.ndarray, counts: np.ndarray) -> None:
+        """Write the first `counts[b]` of `tokens[b]` behind `text[b]`: each is what follows the n-grams before it."""
+        texts = self._texts
+        length, room, salt = texts.numbers.take(text, 0).T[1:4]
+        total = length + counts
+        for i in np.flatnonzero(total > room).tolist():
+            texts.move(int(text[i]), 2 * int(total[i]))
+        index, place = texts.start[text] + length, text << _PLACE_BITS | length
+        if tokens.shape[1] > 1 or not counts.all():
+            row, step = np.nonzero(np.arange(tokens.shape[1]) < counts[:, None])
+            index, place, salt, tokens = index[row] + step, place[row] + step, salt[row], tokens[row, step]
+        texts.tokens[index] = tokens.reshape(-1)
+        # Of equal n-grams the last one stays: the latest token of the last sequence.
+        self._table[self._keys(texts.before[index], salt)] = place[:, None]
+        texts.length[text] = total
 
-    def _source(self, text: _Text, found: _Text) -> int:
-        if found is text or found.is_prompt:
-            return OWN
-        return SIBLINGS if found.round is None or found.round == self._round else EPOCHS
+    def _find(self, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the longest known n-gram that texts `own` [B] end with goes on: text (0: nowhere), position, length."""
+        texts = self._texts
+        start, length, _, salt, _, _ = texts.numbers.take(own, 0).T
+        tails = texts.before[start + length]
+        place = self._table[self._keys(tails, salt)]  # [B, orders]
+        text = place >> _PLACE_BITS
+        length = texts.length[text]
+        at = np.minimum(place & _POSITION, length)  # a number given again may be of a shorter text
+        true = ((texts.before[texts.start[text] + at] == tails[:, None]) | self._outside).all(2)
+        true &= (at < length) & (texts.salt[text] == salt[:, None])
+        order = true.argmax(1)
+        longest = np.arange(len(own)), order
+        place = np.where(true[longest], place[longest], 0)
+        return place >> _PLACE_BITS, place & _POSITION, order
 
-    def _learn(self, bucket: int, draft: list[int], emitted: list[int]) -> None:
-        right = 0
-        for proposed, token in zip(draft, emitted):
-            if proposed != token:
-                break
-            right += 1
-        tried = min(right + 1, len(draft), len(emitted))
-        self._tried[bucket] += tried
-        self._right[bucket] += right
-        self._hits[bucket] += right
-        self._trials[bucket] += tried
-        if self._trials[bucket] > _MEMORY:
-            self._hits[bucket] /= 2
-            self._trials[bucket] /= 2
+    def _go_on(self, slots: np.ndarray, found_in: np.ndarray) -> None:
+        """Behind a draft that reached the end of the live text in slot `found_in` [B] (-1: none) put that one's own."""
+        following = np.full(len(self._text), -1)
+        following[slots] = found_in
+        while True:  # every time drafts have run through twice as many texts
+            slots = slots[(following[slots] >= 0) & (self._found[slots] < self.longest)]
+            if not len(slots):
+                return
+            behind, found = following[slots], self._found[slots]
+            self._pieces[2 * self.longest * slots + found] = self._drafts[behind, : self.longest]
+            self._found[slots] = np.minimum(found + self._found[behind], self.longest)
+            following[slots] = following[behind]
+
+    def _learn(self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray) -> None:
+        """Count how much of the drafts was right; a draft is judged up to its first wrong token."""
+        judged = np.minimum(self._count[slots], emitted)
+        width = int(judged.max(initial=0))
+        if not width:
+            return
+        wrong = self._drafts[slots, :width] != tokens[:, :width]
+        wrong &= np.arange(width) < judged[:, None]
+        right = np.where(wrong.any(1), wrong.argmax(1), judged)
+        for i, outcome in enumerate((right, np.minimum(right + 1, judged))):
+            found = np.bincount(self._bucket[slots], outcome, self._outcomes.shape[1])
+            self._outcomes[i] += found
+            self._recent[i] += found
+        while (full := self._recent[1] > _MEMORY).any():
+            self._recent[:, full] /= 2
 
     # --- what is kept ----------------------------------------------------------------------------------
 
-    def _group(self, key: Hashable, prompt: array[int]) -> _Group:
+    def _more_slots(self, slots: int) -> None:
+        """By slot: its text (0: free), and the latest match: tokens found, of them proposed, bucket; and the tokens."""
+        new = slots - len(self._drafts)
+        self._state = np.pad(self._state, ((0, new), (0, 0)))
+        self._text, self._found, self._count, self._bucket = self._state.T
+        # Twice as wide as is read: _pieces[2 * longest * slot + i] are `longest` tokens from token i on.
+        self._drafts = np.pad(self._drafts, ((0, new), (0, 0)))
+        self._pieces = sliding_window_view(self._drafts.reshape(-1), self.longest, writeable=True)
+
+    def _group(self, key: Hashable, prompt: np.ndarray) -> list[int]:
         """The group, the most recently used one now; made, its prompt indexed, if it is not known."""
-        group = self._groups.get(key)
-        if group is None:
-            text = self._new_text(_salt(key), [])
-            self._append(text, prompt)
-            text.tokens, text.is_prompt = prompt, True
-            group = self._groups[key] = _Group(text)
+        if key not in self._groups:
+            text = self._texts.add(prompt[:0], len(prompt), _salt(key), OWN)
+            self._append(np.array([text]), prompt[None], np.array([len(prompt)]))
+            self._groups[key] = [text]
             self._tokens += len(prompt)
-        else:
-            self._groups.move_to_end(key)
-        return group
+        self._groups.move_to_end(key)
+        return self._groups[key]
 
     def _make_room(self) -> None:
         while self._tokens > self.max_tokens:
             _, group = self._groups.popitem(last=False)
             self._evicted += 1
-            for text in (group.prompt, *group.answers):
+            for text in group:
                 self._forget(text)
 
-    def _forget(self, text: _Text) -> None:
-        del self._texts[text.number]
-        self._tokens -= len(text.tokens)
-
-
-def _draft(text: _Text, limit: int) -> list[int]:
-    """Up to `limit` tokens from where `text` was found; every hop gives at least one."""
-    draft: list[int] = []
-    source = text.found
-    while source is not None and len(draft) < limit:
-        found, at, _ = source
-        draft += found.tokens[at : at + limit - len(draft)]
-        source = found.found
-    return draft
+    def _forget(self, text: int) -> None:
+        self._tokens -= int(self._texts.length[text])
+        self._texts.numbers[text] = 0, 0, 0, 0, 0, -1
 
 
 def _salt(key: Hashable) -> int:
     """The same in every run of the program, unlike `hash`."""
-    return crc32(key if isinstance(key, bytes) else repr(key).encode())
+    data = key if isinstance(key, bytes) else repr(key).encode()
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)

@@ -115,7 +115,7 @@ class TraceRecorder:
             add(outcome.emitted),
             np.maximum.reduce(plan.draft_lengths) if drafts else 0,
             outcome.draft_seconds,
-            outcome.target_seconds,
+            outcome.target_seconds + outcome.decision_seconds,
             names.setdefault(plan.reason.value, len(names)),
             plan.gain,
         )

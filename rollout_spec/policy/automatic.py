@@ -26,11 +26,14 @@ from rollout_spec.policy.arbiter import Arbiter
 from rollout_spec.policy.cost_model import TARGET, CostModel
 from rollout_spec.policy.lengths import RemainingLength
 from rollout_spec.policy.online_costs import OnlineCosts
-from rollout_spec.policy.records import HISTORY, Plan, Reason, StepOutcome, StepState
+from rollout_spec.policy.records import HISTORY, Plan, Reason, SpeculationPolicy, StepOutcome, StepState
 
 _PLAIN = "plain"
 _LOOK_EVERY = 2  # passes between looks at one of the arms that do not run
-_LONGEST_REST, _CROWD = 3, 8  # plain passes between looks while nothing changes, at so many sequences or more
+_REST, _LONGEST_REST = 3, 15  # plain passes between looks while nothing changes
+_LOOKING = 0.005  # share of the time that looks may take: rests are as long as it takes
+_CHANGE = 8  # a batch that changes by more than this part of it is another
+_DECISION_STEP = 0.1  # weight of one decision in the time that decisions take
 _WEIGHTS_EVERY = 16  # passes between looks at who will be the straggler
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
 _MOST = 0.999  # nothing is certain
@@ -66,7 +69,7 @@ class _Predicted(NamedTuple):
     instead: float | None
 
 
-class AutomaticPolicy:
+class AutomaticPolicy(SpeculationPolicy):
     """Decides from measured costs and observed acceptance.
 
     Args:
@@ -108,11 +111,16 @@ class AutomaticPolicy:
         self._passes = self._batch = 0
         self._rest = self._pause = 0  # plain passes to the next look, and between the last two
         self._plain_seconds = math.nan
+        self._looked = False  # whether the plan of this pass took a decision
+        self.deciding = 0.0  # seconds that a decision takes
         self._known: dict[str, tuple[float, int]] = {}  # by arm: its gain, and the pass it was found in
         self._predicted: _Predicted | None = None
         self.depth = np.arange(1, longest + 1)
 
     # --- deciding --------------------------------------------------------------------------------------
+
+    def looks(self, batch: int) -> bool:
+        return not self._rest or self._changed(batch)
 
     def plan(self, state: StepState) -> Plan:
         batch = len(state.slots)
@@ -120,7 +128,8 @@ class AutomaticPolicy:
         self._predicted = None
         if self._passes % _FADE_EVERY == 0:
             self._fade()
-        if self._rest and batch == self._batch:
+        self._looked = self.looks(batch)
+        if not self._looked:
             self._rest -= 1
             return Plan.plain(batch, Reason.NOT_WORTH, self._plain_seconds)
         room = np.minimum(state.allowed - 1, self.longest)
@@ -142,9 +151,13 @@ class AutomaticPolicy:
         arms = [HISTORY] if matches is not None else []
         for name in drafters:
             arms += [name, f"{HISTORY}+{name}"] if matches is not None else [name]
-        if batch != self._batch:
+        if self._changed(batch):
             self._known, self._batch, self._pause = {}, batch, 0
         return self._settle(round, arms, plain_seconds)
+
+    def _changed(self, batch: int) -> bool:
+        """Whether what was found for another batch does not hold for this one."""
+        return abs(batch - self._batch) > self._batch // _CHANGE
 
     def _settle(self, round: _Round, arms: list[str], plain_seconds: float) -> Plan:
         """Compare the arms; only what runs, and one of the others in turn, is evaluated anew in every pass."""
@@ -172,8 +185,8 @@ class AutomaticPolicy:
         if best != _PLAIN:
             self._pause = 0
         if arm == _PLAIN:
-            longest = _LONGEST_REST if batch >= _CROWD else _LONGEST_REST // 2
-            self._rest = self._pause = min(2 * self._pause + 1, longest)
+            longest = min(max(_REST, self.deciding / (_LOOKING * plain_seconds)), _LONGEST_REST)
+            self._rest = self._pause = min(2 * self._pause + 1, int(longest))
             self._plain_seconds = plain_seconds
             return Plan.plain(batch, Reason.NOT_WORTH, plain_seconds)
         if self._rng.random() < self.probe_share:
@@ -247,7 +260,12 @@ class AutomaticPolicy:
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         batch, rows = len(state.slots), len(state.slots) + int(plan.draft_lengths.sum())
         context = int(state.lengths.sum())
-        self.costs.observe_target(batch, rows, context, outcome.target_seconds)
+        rests = plan.reason is Reason.NOT_WORTH and self._rest > 0  # of a rest, the last pass is enough
+        if not rests:
+            self.costs.observe_target(batch, rows, context, outcome.target_seconds)
+        if self._looked and math.isfinite(outcome.decision_seconds):
+            step = _DECISION_STEP if self.deciding else 1.0
+            self.deciding += step * (outcome.decision_seconds - self.deciding)
         if plan.speculates:
             own = plan.draft_lengths - plan.from_history
             if plan.drafter is not None:
@@ -399,7 +417,9 @@ class _Round:
         costs, batch, context = self.policy.costs, self.batch, self.context
         history = int(before.sum())
         rows, share = batch + history, context / batch
-        drafting = costs.catching_up(drafter, batch, history) if drafter is not None and history else 0.0
+        drafting = self.policy.deciding
+        if drafter is not None and history:
+            drafting += costs.catching_up(drafter, batch, history)
         best = (0, 0.0, math.inf)
         for depth, (value, count) in enumerate(zip(gains, active, strict=True), 1):
             if not count:

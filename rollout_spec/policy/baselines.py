@@ -65,6 +65,9 @@ class Stateless(SpeculationPolicy):
 class Off(Stateless):
     """Plain decoding."""
 
+    def looks(self, batch: int) -> bool:
+        return False
+
     def plan(self, state: StepState) -> Plan:
         return Plan.plain(len(state.slots), Reason.OFF)
 
@@ -113,7 +116,7 @@ class RandomLengths(Stateless):
         return Plan(lengths, from_history, drafter, Reason.FIXED)
 
 
-class EfficientRollout:
+class EfficientRollout(SpeculationPolicy):
     """Roofline toggle and acceptance-aware draft length, as published.
 
     Off until more than `armed_above` sequences have been live; from then on, on at the first step whose predicted
@@ -199,7 +202,7 @@ class EfficientRollout:
         return expected_emitted(self._alpha, K) * plain / (draft + verify)
 
 
-class TLTBandit:
+class TLTBandit(SpeculationPolicy):
     """Bucketed epsilon-greedy bandit over draft lengths (BEG-MAB).
 
     Each range of batch sizes has its own arms. An arm's value is the median of its last `window` rewards

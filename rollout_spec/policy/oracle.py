@@ -17,12 +17,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from rollout_spec.policy.cost_model import CostModel
-from rollout_spec.policy.records import Plan, Reason, StepOutcome, StepState
+from rollout_spec.policy.records import Plan, Reason, SpeculationPolicy, StepOutcome, StepState
 from rollout_spec.policy.simulator import pass_seconds
 from rollout_spec.policy.workloads import Workload
 
 
-class Oracle:
+class Oracle(SpeculationPolicy):
     """Plans one simulated run of `workload` with costs `costs`: off, or the best of every drafter's drafts.
 
     Drafts are as long for everyone (K = 1..`longest`) or each as long as its tokens are worth at least some value.

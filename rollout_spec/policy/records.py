@@ -122,6 +122,7 @@ class StepOutcome:
         finished: Sequences that ended in this pass, bool [B].
         draft_seconds: Time spent drafting, 0 in a plain pass.
         target_seconds: The rest of the pass: the target, sampling, bookkeeping.
+        decision_seconds: Time spent before it on the plan: what history matches, and the policy's own time.
     """
 
     accepted: np.ndarray
@@ -129,14 +130,22 @@ class StepOutcome:
     finished: np.ndarray
     draft_seconds: float
     target_seconds: float
+    decision_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.draft_seconds + self.target_seconds
+        return self.draft_seconds + self.target_seconds + self.decision_seconds
 
 
 class SpeculationPolicy(Protocol):
     """Decides before every decode pass, and learns from what came of it."""
+
+    def looks(self, batch: int) -> bool:
+        """Whether the next plan, if it is for `batch` sequences, goes by what history matches.
+
+        If not, `StepState.matches` may be None, and history is spared the search.
+        """
+        return True
 
     def plan(self, state: StepState) -> Plan:
         """The plan of the next pass. The runner may have to shorten drafts for lack of memory; it says so to
@@ -182,7 +191,8 @@ class TraceStep:
         mode: `plain`, `history`, a drafter's name, or `history+<name>`.
         drafted, accepted, emitted: Tokens, over the batch.
         longest: Largest K of the batch.
-        draft_seconds, target_seconds: As in `StepOutcome`.
+        draft_seconds: As in `StepOutcome`.
+        target_seconds: The rest of the time, that of the decision included.
         reason, gain: As in `Plan`.
     """
 

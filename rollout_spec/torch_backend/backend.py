@@ -258,6 +258,7 @@ class TorchBackend:
         clock = PassClock(self.device)
         state = self._state(rows)
         plan = self.policy.plan(state)
+        clock.stop_deciding()
         state, plan = self._reserve(state, plan)
         if not len(state.slots):
             return []
@@ -301,13 +302,16 @@ class TorchBackend:
         lengths = slots.length[rows]
         allowed = slots.limit[rows] - lengths
         usable = self.guard.check(drafter, self.weights.version)
+        matches = None
+        if self.history is not None and self.policy.looks(len(rows)):
+            matches = self.history.match(rows, allowed - 1)
         return StepState(
             rows,
             lengths,
             lengths - slots.prompt_length[rows],
             allowed,
             (drafter.name,) if usable and drafter is not None else (),
-            None if self.history is None else self.history.match(rows, allowed - 1),
+            matches,
             len(self.scheduler.waiting),
         )
 
@@ -394,7 +398,8 @@ class TorchBackend:
         draft_seconds, seconds = clock.read()
         self.times.draft += draft_seconds
         self.times.target += seconds - draft_seconds
-        outcome = StepOutcome(accepted, appended, done, draft_seconds, seconds - draft_seconds)
+        rest = seconds - draft_seconds - clock.decided
+        outcome = StepOutcome(accepted, appended, done, draft_seconds, rest, clock.decided)
         self.policy.observe(state, plan, outcome)
         if self.recorder is not None:
             self.recorder.step(state, plan, outcome)

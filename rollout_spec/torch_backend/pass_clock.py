@@ -8,14 +8,21 @@ import torch
 
 
 class PassClock:
-    """Times one pass and the drafting in it; on CUDA by events, read after the pass has synchronised."""
+    """Times one pass and the drafting in it; on CUDA by events, read after the pass has synchronised.
+
+    Attributes:
+        decided: Seconds from the start to the plan.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._events = (
             [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
         )
         self._start = self._drafting = time.perf_counter()
-        self._drafted = 0.0
+        self._drafted = self.decided = 0.0
+
+    def stop_deciding(self) -> None:
+        self.decided = time.perf_counter() - self._start
 
     def start_drafting(self) -> None:
         self._drafting = time.perf_counter()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout_spec.drafters import history
+from rollout_spec.drafters import history, texts
 from rollout_spec.drafters.history import EPOCHS, OWN, SIBLINGS, History
 
 END = 99
@@ -35,17 +35,20 @@ def answer(h: History, slot: int, prompt: np.ndarray, *tokens: int, keep: bool =
 class Exact(History):
     """Without hash collisions."""
 
-    def _keys(self, text):
+    def _keys(self, tails, salt):
         self.seen = getattr(self, "seen", {})
-        tails = [(text.salt, *text.tokens[-n:]) for n in self.orders]
-        return [self.seen.setdefault(tail, len(self.seen)) for tail in tails]
+        rows = [
+            [self.seen.setdefault((group, *tail[-n:]), len(self.seen)) for n in self.orders]
+            for group, tail in zip(salt.tolist(), tails.tolist())
+        ]
+        return np.array(rows, np.int64).reshape(-1, len(self.orders))
 
 
 class Colliding(History):
     """With next to nothing but hash collisions."""
 
-    def _keys(self, text):
-        return [key & 3 for key in super()._keys(text)]
+    def _keys(self, tails, salt):
+        return super()._keys(tails, salt) & 3
 
 
 class BruteForce:
@@ -127,15 +130,177 @@ def test_proposals_are_those_of_brute_force(orders, steps):
 def test_a_match_is_true_whatever_the_hash(tokens, kind):
     h = kind(max_tokens=10_000)
     h.begin(0, ids(0, 1))
+    text = [0, 1]
     for token in tokens:
         emit(h, 0, token)
-        matches = h.match(ids(0), ids(8))
-        text = h._live[0].text
-        assert (matches.lengths[0] > 0) == (text.found is not None)
-        if text.found is not None:
-            found, at, bucket = text.found
-            n = h.orders[bucket % len(h.orders)]
-            assert list(found.tokens[at - n : at]) == list(text.tokens[-n:])
+        text.append(token)
+        draft = proposed(h, 0)
+        if draft:
+            n = h.orders[h._bucket[0] % len(h.orders)]
+            ends = [at for at in range(n, len(text)) if text[at - n : at] == text[-n:]]
+            assert any((text + draft)[at : at + len(draft)] == draft for at in ends)
+
+
+def test_groups_are_kept_apart_even_if_their_hashes_are_the_same():
+    h = Colliding(orders=(2,))
+    h.begin(0, ids(1, 2, 3), group="a")
+    h.begin(1, ids(2, 3), group="b")
+    emit(h, 0, 4, 1, 2)
+    assert proposed(h, 1) == []
+
+
+class Reference:
+    """History over lists and dictionaries, one sequence after another; a table as large as it takes."""
+
+    def __init__(self, max_tokens, answers_per_prompt, orders, longest):
+        self.max_tokens, self.answers_per_prompt = max_tokens, answers_per_prompt
+        self.orders, self.longest = sorted(orders, reverse=True), longest
+        self.table, self.live, self.groups = {}, {}, {}
+        self.evicted = 0
+        self.tried, self.right = np.zeros((2, 3, len(orders)), np.int64)
+
+    def begin(self, slot, prompt, output, group):
+        self.touch(group, prompt)
+        text = {"tokens": prompt[-self.orders[0] :], "kind": SIBLINGS, "known": True, "group": group}
+        self.live[slot] = {"text": text, "prompt": prompt, "draft": []}
+        self.append(text, output)
+        self.make_room()
+
+    def touch(self, group, prompt):
+        if group not in self.groups:
+            text = {"tokens": [], "kind": OWN, "known": True, "group": group}
+            self.append(text, prompt)
+            self.groups[group] = [text]
+        self.groups[group] = self.groups.pop(group)
+
+    def append(self, text, tokens):
+        for token in tokens:
+            for n in self.orders:
+                if len(text["tokens"]) >= n:
+                    self.table[(text["group"], *text["tokens"][-n:])] = text, len(text["tokens"])
+            text["tokens"] = [*text["tokens"], token]
+
+    def extend(self, slot, tokens):
+        live = self.live[slot]
+        for draft, token in zip(live["draft"], tokens):
+            self.tried[live["bucket"]] += 1
+            if draft != token:
+                break
+            self.right[live["bucket"]] += 1
+        live["draft"] = []
+        self.append(live["text"], tokens)
+
+    def finish(self, slot, keep):
+        live = self.live.pop(slot)
+        text = live["text"]
+        text["known"] = keep
+        if keep:
+            self.touch(text["group"], live["prompt"])
+            group = self.groups[text["group"]]
+            group.append(text)
+            if len(group) > 1 + self.answers_per_prompt:
+                group.pop(1)["known"] = False
+            self.make_room()
+
+    def tokens(self):
+        return sum(len(text["tokens"]) for group in self.groups.values() for text in group)
+
+    def make_room(self):
+        while self.tokens() > self.max_tokens:
+            self.evicted += 1
+            for text in self.groups.pop(next(iter(self.groups))):
+                text["known"] = False
+
+    def find(self, text):
+        for i, n in enumerate(self.orders):
+            found, at = self.table.get((text["group"], *text["tokens"][-n:]), (None, 0))
+            if len(text["tokens"]) >= n and found is not None and found["known"]:
+                return found, at, (OWN if found is text else found["kind"], i)
+        return None
+
+    def match(self, slot, limit):
+        live, draft = self.live[slot], []
+        source = self.find(live["text"])
+        live["bucket"] = source and source[2]
+        writing = [other["text"] for other in self.live.values()]
+        while source is not None and len(draft) < min(limit, self.longest):
+            found, at, _ = source
+            draft += found["tokens"][at:]
+            source = self.find(found) if any(found is text for text in writing) else None
+        live["draft"] = draft[: min(limit, self.longest)]
+        return live["draft"]
+
+    def after_update(self):
+        for group in self.groups.values():
+            for text in group[1:]:
+                text["kind"] = EPOCHS
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_it_is_the_reference_on_random_runs(seed, monkeypatch):
+    """With eviction, preemption, updates, siblings that grow at once, ragged emission, and texts that move."""
+    monkeypatch.setattr(texts, "_FIRST_TOKENS", 64)
+    monkeypatch.setattr(texts, "_FIRST_TEXTS", 2)
+    monkeypatch.setattr(history, "_FIRST_SLOTS", 1)
+    monkeypatch.setattr(history, "_FIRST_ROOM", 1)
+    rng = np.random.default_rng(seed)
+    orders = [(1, 2, 4), (2, 4, 8), (3,)][seed % 3]
+    limits = {"max_tokens": int(rng.choice([60, 300, 5000])), "answers_per_prompt": int(rng.integers(1, 5))}
+    options = {**limits, "orders": orders, "longest": int(rng.choice([1, 5, 64]))}
+    h, reference = Exact(**options), Reference(**options)
+    prompts = [rng.integers(0, 3, n) for n in (1, 2, 7, 20, 30)]
+    preempted = []
+
+    def begin(slot, group, output):
+        h.begin(slot, prompts[group], np.array(output, np.int64), group)
+        reference.begin(slot, prompts[group].tolist(), output, group)
+
+    for _ in range(150):
+        for slot in range(8):
+            if slot not in reference.live and rng.random() < 0.5:
+                begin(slot, *(preempted.pop() if preempted else (int(rng.integers(len(prompts))), [])))
+        slots = rng.permutation(list(reference.live)).astype(np.int64)
+        allowed = rng.integers(0, 12, len(slots))
+        matches = h.match(slots, allowed)
+        drafts = [reference.match(slot, limit) for slot, limit in zip(slots.tolist(), allowed.tolist())]
+        assert matches.lengths.tolist() == [len(draft) for draft in drafts]
+        assert ((matches.confidence > 0) == (matches.lengths > 0)).all()
+        for slot in slots[
+            rng.random(len(slots)) < 0.1
+        ].tolist():  # between match and propose, as the engine may
+            live = reference.live[slot]
+            preempted.append(
+                (live["text"]["group"], live["text"]["tokens"][len(live["prompt"][-orders[0] :]) :])
+            )
+            h.finish(slot, keep=False)
+            reference.finish(slot, keep=False)
+        kept = np.array([slot in reference.live for slot in slots.tolist()], bool)
+        slots, counts = slots[kept], matches.lengths[kept]
+        drafts = [draft for draft, stays in zip(drafts, kept) if stays]
+        rows = h.propose(slots, counts).tolist()
+        width = int(counts.max(initial=0))
+        assert rows == [draft + [0] * (width - len(draft)) for draft in drafts]
+
+        tokens = rng.integers(0, 3, (len(slots), int(rng.choice([1, 1, 6]))))
+        for row, draft in zip(tokens, drafts):
+            right = int(rng.integers(0, tokens.shape[1] + 1))
+            row[: len(draft[:right])] = draft[:right]
+        emitted = rng.integers(0, tokens.shape[1] + 1, len(slots))
+        h.extend(slots, tokens, emitted)
+        for slot, row, count in zip(slots.tolist(), tokens.tolist(), emitted.tolist()):
+            reference.extend(slot, row[:count])
+        for slot in slots[rng.random(len(slots)) < 0.1].tolist():
+            h.finish(slot)
+            reference.finish(slot, keep=True)
+        if rng.random() < 0.05:
+            h.after_update()
+            reference.after_update()
+        stats = h.stats()
+        assert stats.tried.tolist() == reference.tried.tolist()
+        assert stats.right.tolist() == reference.right.tolist()
+        assert (stats.prompts, stats.tokens) == (len(reference.groups), reference.tokens())
+        assert stats.evicted == reference.evicted
+    assert stats.right.sum() > 0
 
 
 def test_own_text_and_prompt():
@@ -243,11 +408,11 @@ def test_memory_stays_bounded_and_the_least_recently_used_prompt_goes_first():
         stats = h.stats()
         assert stats.tokens <= 1000
         assert stats.nbytes - bytes_before <= 4 * 1000
-    kept = {text.number for group in h._groups.values() for text in (group.prompt, *group.answers)}
-    assert kept == set(h._texts)
-    assert stats.tokens == sum(len(text.tokens) for text in h._texts.values())
+    kept = [text for group in h._groups.values() for text in group]
+    assert sorted(kept) == np.flatnonzero(h._texts.room).tolist()
+    assert stats.tokens == h._texts.length[kept].sum()
     assert stats.evicted == 501 - stats.prompts > 400
-    assert max(len(group.answers) for group in h._groups.values()) == h.answers_per_prompt
+    assert max(len(group) - 1 for group in h._groups.values()) == h.answers_per_prompt
     h.begin(0, ids(1, 2, 3))
     assert proposed(h, 0) == [4, 5, 6, END]
     h.begin(1, ids(7, 7, 3))
@@ -271,7 +436,7 @@ def test_a_prompt_evicted_while_it_is_answered_is_known_again_afterwards():
 def test_what_is_larger_than_all_memory_is_not_kept():
     h = History(max_tokens=10)
     answer(h, 0, ids(*range(20)), 1, 2, 3)
-    assert (h.stats().tokens, h.stats().prompts, len(h._texts)) == (0, 0, 0)
+    assert (h.stats().tokens, h.stats().prompts, h._texts.room.any()) == (0, 0, False)
 
 
 def test_only_the_end_of_a_very_long_prompt_is_indexed(monkeypatch):
