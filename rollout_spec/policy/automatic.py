@@ -34,7 +34,8 @@ _REST, _LONGEST_REST = 3, 15  # plain passes between looks while nothing changes
 _LOOKING = 0.005  # share of the time that looks may take: rests are as long as it takes
 _CHANGE = 8  # a batch that changes by more than this part of it is another
 _DECISION_STEP = 0.1  # weight of one decision in the time that decisions take
-_WEIGHTS_EVERY = 16  # passes between looks at who will be the straggler
+_ALONE_EVERY = 16  # passes between estimates of the gain that the last sequence will have
+_FEW, _LAST_EVERY = 16, 4  # of more sequences than this, who ends last is looked up every so many passes
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
 _MOST = 0.999  # nothing is certain
 _SURE = 1.6  # a gain that is one even if plain passes are cheaper than predicted by as much as they ever were
@@ -107,7 +108,8 @@ class AutomaticPolicy(SpeculationPolicy):
         self._rng = np.random.default_rng(seed)
         self._mode = _PLAIN
         self._weights = np.zeros(0)
-        self._weighed: tuple[np.ndarray, int] = (np.zeros(0, np.int64), 0)
+        self._last = (0, np.zeros(0, np.int64), np.zeros(0))  # a pass, its slots, and P(each ends last)
+        self._alone = (0, 1.0)  # the pass it was estimated in, and the gain once a single sequence is left
         self._passes = self._batch = 0
         self._rest = self._pause = 0  # plain passes to the next look, and between the last two
         self._plain_seconds = math.nan
@@ -227,19 +229,27 @@ class AutomaticPolicy(SpeculationPolicy):
         batch = len(state.slots)
         if self.objective == "throughput" or state.waiting or batch == 1:
             self._weights = np.full(batch, 1 / batch)
-            self._weighed = (np.zeros(0, np.int64), 0)
             return self._weights
-        slots, when = self._weighed
-        if self._passes - when >= _WEIGHTS_EVERY or not np.array_equal(slots, state.slots):
-            share = context // batch
-            alone = self.costs.target(1, 1, share)
-            marginal = max(plain_seconds - alone, 0.0) / (batch - 1)
-            fixed = max(plain_seconds - batch * marginal, 0.0)
-            last = self.lengths.last_to_finish(state.outputs, state.allowed)
-            weights = fixed / self._gain_alone(state.drafters, alone, share) * last + marginal
-            self._weights = weights / weights.sum()
-            self._weighed = (state.slots, self._passes)
+        share = context // batch
+        alone = self.costs.target(1, 1, share)
+        when, gain = self._alone
+        if not when or self._passes - when >= _ALONE_EVERY:
+            gain = self._gain_alone(state.drafters, alone, share)
+            self._alone = self._passes, gain
+        marginal = max(plain_seconds - alone, 0.0) / (batch - 1)
+        fixed = max(plain_seconds - batch * marginal, 0.0)
+        weights = fixed / gain * self._last_to_finish(state) + marginal
+        self._weights = weights / weights.sum()
         return self._weights
+
+    def _last_to_finish(self, state: StepState) -> np.ndarray:
+        """P(a sequence ends last), anew in every pass: a laggard that catches up is none any more."""
+        when, slots, last = self._last
+        old = self._passes - when >= _LAST_EVERY or len(slots) <= _FEW
+        if old or not np.array_equal(slots, state.slots):
+            last = self.lengths.last_to_finish(state.outputs, state.allowed)
+            self._last = self._passes, state.slots, last
+        return last
 
     def _gain_alone(self, drafters: tuple[str, ...], plain_seconds: float, kv_tokens: int) -> float:
         """Largest gain expected for a single sequence, at the mean acceptance; at least 1."""
@@ -276,7 +286,9 @@ class AutomaticPolicy(SpeculationPolicy):
             self._learn_gain(state, outcome)
         if outcome.finished.any():
             gone = state.slots[outcome.finished]
-            self.lengths.observe((state.outputs + outcome.emitted)[outcome.finished])
+            cut_off = outcome.emitted >= state.allowed
+            lengths = np.where(cut_off, np.inf, state.outputs + outcome.emitted)
+            self.lengths.observe(lengths[outcome.finished])
             self.forget(gone)
 
     def _learn_gain(self, state: StepState, outcome: StepOutcome) -> None:
