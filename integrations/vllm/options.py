@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "rollout_spec"
-QUANTIZATION_PREFIX = "rollout_spec_"  # of the quantization methods the plugin registers, e.g. rollout_spec_nf4
+QUANTIZATION_PREFIX = (
+    "rollout_spec_"  # of the quantization methods the plugin registers, e.g. rollout_spec_nf4
+)
 
 
 def options_of(vllm_config: VllmConfig) -> SpeculationConfig | None:

@@ -44,7 +44,7 @@ class Rollouts:
     differing: int = 0
 
 
-def _stratified(count: int, draws: int, seed: int) -> list[str]:
+def stratified(count: int, draws: int, seed: int) -> list[str]:
     """Prompts for `draws` rollouts of `count` prompts, each rollout with its share of short and of long ones.
 
     Answers are about as long as their problem is large, and few prompts drawn blindly often hold no long one: of
@@ -85,8 +85,8 @@ class LongTail:
             "exactness": self.engine.stats().exactness,
             "calibration": {"brief": calibration.brief, "costs": self.costs.to_dict()},
         }
-        self._prompts = _stratified(batch, draws + 2, seed)
-        self._tuning = _stratified(batch, 8, seed + 1)
+        self._prompts = stratified(batch, draws + 2, seed)
+        self._tuning = stratified(batch, 8, seed + 1)
         self._texts: list[Completion] = []
         self._alpha = 0.0
         self._answers: list[Completion] = []  # of the first epoch
