@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rollout_spec.contracts import InvalidRequest, invalid
 
+BACKENDS = ("torch", "vllm")
 VERIFIERS = ("auto", "coupled", "rejection")
 DRAFTERS = ("auto", "nf4", "int4", "int8", "dense", "none")
 OBJECTIVES = ("makespan", "throughput")
@@ -91,6 +92,7 @@ class EngineConfig:
     """Everything an engine needs to know besides the model.
 
     Attributes:
+        backend: `torch`, or `vllm` (installed beside it).
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16` (CUDA only).
         seed: Noise key of this engine run; give each replica its own.
@@ -102,9 +104,11 @@ class EngineConfig:
         block_size: Tokens per KV block.
         prefill_chunk: Most prompt tokens prefilled between two decode steps.
         graph_bytes: Budget of captured CUDA graphs in bytes; None: 4 GiB on CUDA, and none on a CPU; 0: none.
+        vllm: More arguments for vLLM's engine, by vLLM's names, with `backend="vllm"`.
         speculation: See `SpeculationConfig`.
     """
 
+    backend: str = "torch"
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
@@ -115,9 +119,11 @@ class EngineConfig:
     block_size: int = 64
     prefill_chunk: int = 512
     graph_bytes: int | None = None
+    vllm: dict | None = None
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
     def __post_init__(self) -> None:
+        _one_of("backend", self.backend, BACKENDS)
         if not isinstance(self.device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise invalid("device", self.device, "use auto, cpu, cuda or cuda:N")
         _one_of("dtype", self.dtype, DTYPES)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +32,18 @@ from rollout_spec.observe.trace import TraceRecorder
 from rollout_spec.policy.records import Trace
 from rollout_spec.requests import Prompt, RequestReader, noise_key, read_request_ids
 from rollout_spec.sampling.noise import fold
-from rollout_spec.sampling.pipeline import Processed, token_logprobs
 from rollout_spec.torch_backend.backend import StepTimes, TorchBackend
-from rollout_spec.torch_backend.completions import spec_counts, to_completion
+from rollout_spec.torch_backend.completions import to_completion
 from rollout_spec.torch_backend.kv_cache import OutOfBlocks
 from rollout_spec.torch_backend.slots import Sample
 from rollout_spec.torch_backend.weights import UpdateReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rollout_spec.vllm_backend.backend import VllmBackend
+
+    Backend = TorchBackend | VllmBackend
 
 
 class EngineAsleep(RolloutSpecError, RuntimeError):
@@ -104,12 +107,13 @@ class RolloutEngine:
 
     def __init__(
         self,
-        backend: TorchBackend,
+        backend: Backend,
         config: EngineConfig,
         tokenizer: PreTrainedTokenizerBase | None,
         update: UpdateReport,
     ) -> None:
-        self.backend, self.config, self.tokenizer = backend, config, tokenizer
+        self.backend: Any = backend  # its own parts differ; what is called here both backends have
+        self.config, self.tokenizer = config, tokenizer
         self._reader = RequestReader(
             tokenizer, backend.spec.vocab_size, backend.max_model_len, backend.kv_tokens
         )
@@ -117,7 +121,7 @@ class RolloutEngine:
         self._update_lock = threading.Lock()
         self._stepper = ThreadPoolExecutor(1, thread_name_prefix="rollout-spec")  # one, for all streams
         self._asleep = False
-        self._no_weights = False
+        self._no_weights: str | None = None
         self._live: dict[str, list[Sample]] = {}
         self._submitted: dict[str, int] = {}
         self._finished = 0
@@ -148,9 +152,14 @@ class RolloutEngine:
             WeightError: The checkpoint is missing, truncated, a pickle, or does not fit its config.
             InvalidRequest: A configuration value is wrong.
         """
+        config, tokenizer = _config(config, options), _load_tokenizer(Path(path))
+        if config.backend == "vllm":
+            from rollout_spec.vllm_backend.backend import VllmBackend
+
+            served = VllmBackend(path, config, version, _text_decoder(tokenizer))
+            return cls(served, config, tokenizer, served.loaded)
         spec = ModelSpec.from_hf_config(read_config(path))
-        tokenizer = _load_tokenizer(Path(path))
-        return cls._build(spec, read_checkpoint(path), _config(config, options), tokenizer, version)
+        return cls._build(spec, read_checkpoint(path), config, tokenizer, version)
 
     @classmethod
     def from_model(
@@ -166,8 +175,12 @@ class RolloutEngine:
         """Take the weights of a `transformers` module, or a state dict with its `hf_config`; they are copied."""
         if not isinstance(model, (torch.nn.Module, Mapping)):
             raise WeightError(f"model={type(model).__name__}: give a transformers module or a state dict")
+        config = _config(config, options)
+        if config.backend != "torch":
+            remedy = "vLLM loads folders: use from_pretrained, and update_weights for weights in memory"
+            raise invalid("backend", config.backend, remedy)
         spec, tensors = state_dict_from(model, hf_config)
-        return cls._build(spec, tensors, _config(config, options), tokenizer, version)
+        return cls._build(spec, tensors, config, tokenizer, version)
 
     @classmethod
     def _build(
@@ -178,16 +191,13 @@ class RolloutEngine:
         tokenizer: PreTrainedTokenizerBase | None,
         version: int,
     ) -> RolloutEngine:
+        if config.vllm is not None:
+            raise invalid("vllm", config.vllm, "they are arguments of backend='vllm'; leave them out")
         device = _device(config.device)
         dtype = spec.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
         if dtype == torch.float16 and device.type == "cpu":
             raise invalid("dtype", "float16", "on CPU use bfloat16 or float32")
-
-        def decode_text(tokens: list[int]) -> str:
-            assert tokenizer is not None
-            return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-        backend = TorchBackend(spec, config, dtype, device, decode_text if tokenizer is not None else None)
+        backend = TorchBackend(spec, config, dtype, device, _text_decoder(tokenizer))
         update = backend.start(tensors, version)
         return cls(backend, config, tokenizer, update)
 
@@ -299,20 +309,36 @@ class RolloutEngine:
             weights: `(name, tensor)` pairs; buffers may be reused after each.
             version: The new policy version, larger than the last; None counts up by one.
 
+        vLLM overwrites its weights in place: there, decoding stops from the first chunk of them on, and a failure
+        after that leaves no policy in force until an update succeeds.
+
         Raises:
-            WeightError: Something does not fit; the old weights stay in force.
+            WeightError: Something does not fit; the old weights stay in force, or (vLLM) none are, as it then says.
         """
+        held = []
+
+        def hold() -> None:
+            self._commits_waiting += 1  # locks are not fair: steps make way from here on
+            held.append(True)
+            with self._changed:
+                pass  # the step that was running is over
+
         with self._update_lock:
             version = self.backend.weights.version + 1 if version is None else version
-            report = self.backend.weights.stage(weights, version)
-            self._commits_waiting += 1
-            with self._changed:
-                self._commits_waiting -= 1
-                self.backend.commit(report)
-                self._submitted.clear()
-                self._no_weights = False
-                self._last_update = report
-                self._changed.notify_all()
+            try:
+                report = self.backend.stage(weights, version, hold)
+                if not held:
+                    hold()
+                with self._changed:
+                    self._last_update = report = self.backend.commit(report)
+                    self._submitted.clear()
+                    self._no_weights = None
+            finally:
+                with self._changed:
+                    self._commits_waiting -= len(held)
+                    if not self.backend.whole:
+                        self._no_weights = "the last update_weights failed half-way"
+                    self._changed.notify_all()
         return report
 
     def sleep(self, level: int = 1) -> None:
@@ -325,7 +351,9 @@ class RolloutEngine:
         with self._changed:
             if not self._asleep or (level == 2 and not self._no_weights):
                 self.backend.sleep(discard_weights=level == 2)
-                self._asleep, self._no_weights = True, self._no_weights or level == 2
+                self._asleep = True
+                if level == 2:
+                    self._no_weights = "the engine slept at level 2"
 
     def wake_up(self) -> None:
         """Take the memory back; harmless when awake."""
@@ -338,29 +366,8 @@ class RolloutEngine:
     def stats(self) -> EngineStats:
         """A snapshot of what the engine is doing and has done."""
         with self._changed:
-            backend = self.backend
-            drafter = backend.weights.drafter
-            usable = backend.guard.usable(drafter, backend.weights.version)
-            found = backend.calibration
-            exactness = ("E2" if backend.row_invariant else "E1") if backend.coupled else "E0"
             return EngineStats(
-                version=backend.weights.version,
-                verifier="coupled" if backend.coupled else "rejection",
-                exactness=exactness,
-                drafter=drafter.name if usable and drafter is not None else None,
-                reports=tuple(backend.guard.reports),
-                calibration=None if found is None else "brief" if found.brief else "full",
-                canary_acceptance=backend.guard.canary_acceptance,
-                live=len(backend.scheduler.running),
-                waiting=len(backend.scheduler.waiting),
-                kv_tokens=backend.kv_tokens,
-                kv_tokens_free=backend.pool.available * self.config.block_size,
-                preemptions=backend.scheduler.preemptions,
-                finished=self._finished,
-                generated_tokens=backend.generated_tokens,
-                spec=spec_counts(backend.spec_counters),
-                times=replace(backend.times),
-                last_update=self._last_update,
+                **self.backend.figures(), finished=self._finished, last_update=self._last_update
             )
 
     def start_trace(self, about: Mapping[str, object] | None = None) -> None:
@@ -402,14 +409,12 @@ class RolloutEngine:
         with self._changed:
             self._check_awake()
             try:
-                logits = self.backend.score(self.backend.weights.target, tokens)
+                return self.backend.logprobs(tokens)
             except OutOfBlocks as error:
                 raise InvalidRequest(
                     f"token_ids of {len(tokens)} tokens: no room in the KV cache now ({error}); wait for the "
                     "requests in flight or raise kv_cache_tokens"
                 ) from error
-        following = torch.from_numpy(tokens[None, 1:]).to(logits.device)
-        return token_logprobs(logits[None, :-1], Processed(logits[None, :-1]), following).logprob[0].tolist()
 
     # --- inside ----------------------------------------------------------------------------------------
 
@@ -422,6 +427,8 @@ class RolloutEngine:
             for request_id in ids or ():
                 if request_id in self._live:
                     raise invalid("request_ids", request_id, "is in flight already; use another id")
+            for p in params:
+                backend.check_params(p)
             groups = []
             for row, (tokens, p) in enumerate(zip(prompts, params, strict=True)):
                 request_id = ids[row] if ids else self._own_id(tokens, p.seed)
@@ -432,7 +439,7 @@ class RolloutEngine:
                 )
                 ends = p.stop_token_ids + (() if p.ignore_eos else backend.spec.eos_token_ids)
                 ends = tuple(dict.fromkeys(ends))
-                prompt = backend.scheduler.prompt(tokens)
+                prompt = backend.prompt(tokens)
                 group = [
                     Sample(
                         request_id,
@@ -446,7 +453,7 @@ class RolloutEngine:
                     for index in range(p.n)
                 ]
                 for sample in group:
-                    backend.scheduler.submit(sample)
+                    backend.submit(sample)
                 self._live[request_id] = list(group)
                 groups.append(group)
             self._changed.notify_all()
@@ -496,7 +503,7 @@ class RolloutEngine:
         if self._asleep:
             raise EngineAsleep("the engine is asleep; call wake_up() first")
         if self._no_weights:
-            raise EngineAsleep("the engine slept at level 2 and has no weights; call update_weights() first")
+            raise EngineAsleep(f"{self._no_weights} and has no weights; call update_weights() first")
 
 
 def _config(config: EngineConfig | Mapping[str, Any] | None, options: Mapping[str, Any]) -> EngineConfig:
@@ -514,6 +521,12 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise invalid("device", name, f"there are {torch.cuda.device_count()} CUDA devices here")
     return device
+
+
+def _text_decoder(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[list[int]], str] | None:
+    if tokenizer is None:
+        return None
+    return lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _load_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -26,6 +27,16 @@ LLAMA = {
     "num_attention_heads": 4,
     "intermediate_size": 128,
     "max_position_embeddings": 256,
+}
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
 }
 
 
@@ -183,6 +194,38 @@ def test_doctor_refuses_a_checkpoint_with_the_reason(tmp_path: Path) -> None:
     assert "not ready: checkpoint" in result.output
     (row,) = Report.read(tmp_path / "r.json").results["model"]
     assert row["status"] == "refused" and "Qwen3MoeForCausalLM" in row["found"]
+
+
+def prices(tmp_path: Path, *options: str, **config: object) -> dict[str, dict]:
+    folder = checkpoint(tmp_path / f"m{len(list(tmp_path.iterdir()))}", LLAMA_8B | config)
+    run("doctor", "--json", tmp_path / "r.json", "--model", folder, *options)
+    return {row["name"]: row for row in Report.read(tmp_path / "r.json").results["price"]}
+
+
+def test_doctor_prices_a_self_drafter(tmp_path: Path) -> None:
+    dense = prices(tmp_path)
+    assert dense["self-drafter B=1"]["found"].startswith("1k: r 0.27, at most 2.45×, 8k: r 0.31")
+    assert dense["self-drafter B=32"]["status"] == dense["weights"]["status"] == "ok"
+    fp8 = prices(tmp_path, quantization_config={"quant_method": "fp8"})
+    assert "1k: r 0.53" in fp8["self-drafter B=1"]["found"] and fp8["weights"]["status"] == "ok"
+    narrow = prices(tmp_path, quantization_config={"quant_method": "awq", "bits": 4})
+    assert narrow["weights"]["status"] == narrow["self-drafter B=1"]["status"] == "refused"
+    assert "no headroom" in narrow["weights"]["remedy"]
+    mixture = prices(tmp_path, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768)
+    assert mixture["experts"]["status"] == "refused" and "experts touched" in mixture["experts"]["remedy"]
+    assert "experts" not in dense
+
+
+def test_doctor_prices_on_a_gpu(tmp_path: Path) -> None:
+    assert "H20, predicted: 1." in prices(tmp_path, "--gpu", "H20")["self-drafter B=1"]["found"]
+    result = run("doctor", "--gpu", "H20")
+    assert result.exit_code == 2 and "--gpu H20: give --model too" in result.output
+
+
+def test_a_checkpoint_that_tells_too_little_is_not_priced(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "m", {k: v for k, v in LLAMA_8B.items() if k != "hidden_size"})
+    (row,) = (asdict(row) for row in doctor.price_rows(folder, None))
+    assert row["status"] == "missing" and "lacks hidden_size" in row["found"]
 
 
 def test_a_folder_without_a_config_is_an_error(tmp_path: Path) -> None:

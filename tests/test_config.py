@@ -12,8 +12,9 @@ from rollout_spec.config import DRAFTERS, DTYPES, VERIFIERS, EngineConfig, Specu
 from rollout_spec.contracts import InvalidRequest
 
 FULL = {
-    "device": "cpu", "dtype": "bfloat16", "seed": 11, "max_model_len": 100, "max_num_seqs": 7, "kv_cache_tokens": 640,
+    "backend": "vllm", "device": "cpu", "dtype": "bfloat16", "seed": 11, "max_model_len": 100, "max_num_seqs": 7, "kv_cache_tokens": 640,
     "kv_cache_bytes": 1 << 20, "block_size": 32, "prefill_chunk": 9, "graph_bytes": 0,
+    "vllm": {"enforce_eager": True},
     "speculation": {
         "drafter": "int8", "draft_length": 6, "verifier": "rejection", "quantize_lm_head": False, "canary": False,
         "canary_min_acceptance": 0.5, "longest_draft": 9, "objective": "throughput", "margin": 0.1, "history": False,
@@ -74,7 +75,7 @@ def test_every_choice_is_accepted(field, values):
 
 
 UNKNOWN = [
-    ({"max_seqs": 3}, "max_seqs=3: unknown option; known here: device, dtype"),
+    ({"max_seqs": 3}, "max_seqs=3: unknown option; known here: backend, device"),
     ({"draft_length": 3}, "draft_length=3: unknown option"),  # it belongs under speculation
     ({"speculation": {"k": 3}}, "speculation.k=3: unknown option; known here: drafter, draft_length"),
     ({"speculation": {"seed": 3}}, "speculation.seed=3: unknown option"),

@@ -46,7 +46,7 @@ class Rollouts:
     differing: int = 0
 
 
-def _stratified(count: int, draws: int, seed: int) -> list[str]:
+def stratified(count: int, draws: int, seed: int) -> list[str]:
     """Prompts for `draws` rollouts of `count` prompts, each rollout with its share of short and of long ones.
 
     Answers are about as long as their problem is large, and few prompts drawn blindly often hold no long one: of
@@ -94,8 +94,8 @@ class LongTail:
             "costs": self.costs.to_dict(),
             "held_out_error": {kind: vars(error) for kind, error in calibration.held_out.items()},
         }
-        self._prompts = _stratified(batch, draws + 2, seed)
-        self._tuning = _stratified(batch, 8, seed + 1)
+        self._prompts = stratified(batch, draws + 2, seed)
+        self._tuning = stratified(batch, 8, seed + 1)
         self._texts: list[Completion] = []
         self._alpha = 0.0
         self._answers: list[Completion] = []  # of the first epoch

@@ -168,6 +168,38 @@ def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> No
     finish(Report("bench never-slower", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
 
 
+@command.command("vllm")
+@click.option(
+    "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."
+)
+@click.option("--pairs", type=click.IntRange(3), default=9, show_default=True, help="Rounds per ratio.")
+@click.option(
+    "--only", type=click.Choice(("never-slower", "alternatives")), default=None, help="Run this part only."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
+@report_options
+def vllm(size: str, pairs: int, only: str | None, seed: int, json_path: Path | None) -> None:
+    """vLLM with the plugin against vLLM as it comes, and against vLLM's own ways to speculate."""
+    from rollout_spec.benchmarks.vllm import VllmBenchmark
+
+    console = Console()
+    benchmark = VllmBenchmark(expanded_policy(size), pairs, seed, console)
+    if only != "alternatives":
+        benchmark.never_slower()
+    if only != "never-slower":
+        benchmark.alternatives()
+    checks = [
+        Check(f"{name}, lower bound", row["lower_95"], f">= {row['target']}", row["lower_95"] >= row["target"])
+        for name, row in benchmark.ratios.items()
+    ]
+    results = {
+        "model": f"shipped arithmetic policy, expanded to {size}",
+        "ratios": benchmark.ratios,
+        "notes": benchmark.notes,
+    }
+    finish(Report("bench vllm", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
+
+
 def _table(ratios: dict[str, dict[str, Any]]) -> Table:
     table = Table(
         "faster by", "median", "min-max", "asked for", box=None, header_style="bold", pad_edge=False

@@ -19,8 +19,12 @@ from rich.table import Table
 from rollout_spec.contracts import RolloutSpecError, UnsupportedModel
 from rollout_spec.observe.machine import cpu_model, distribution_version
 from rollout_spec.observe.report import Check, Report, finish, report_options
+from rollout_spec.policy import price
+from rollout_spec.policy.devices import DEVICES, NF4_BITS, ModelShape
 
 LEAST_FREE_GIB = 2.0
+LEAST_GAIN = 1.02  # below it a gain is not worth a mention
+PRICED_BATCHES, PRICED_CONTEXTS = (1, 8, 32), (1024, 8192, 32768)
 
 
 class Status(str, Enum):
@@ -173,6 +177,53 @@ def model_row(path: Path) -> Row:
     return Row("checkpoint", Status.OK, f"{spec.architecture}, {spec.shape_key}", needed=True)
 
 
+def price_rows(path: Path, gpu: str | None) -> Iterator[Row]:
+    """What a quantized copy of the checkpoint in `path` promises as its drafter; none of it is measured.
+
+    Args:
+        gpu: A name in `DEVICES`, to price on its datasheet too.
+    """
+    try:
+        shape = price.shape_of(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    except ValueError as error:
+        yield Row("self-drafter", Status.MISSING, str(error), "measure instead: rollout-spec calibrate")
+        return
+    own, copied = (price.bytes_read(shape, 1, 0, bits) / 2**30 for bits in (None, NF4_BITS))
+    weights = f"{shape.weight_bits:g} bits; a step reads {own:.2g} GiB, of an nf4 copy {copied:.2g}"
+    if price.ceiling(shape, 1, 0).ratio > price.NO_HEADROOM:
+        remedy = "no headroom for a 4-bit copy: draft from history, with EAGLE or MTP, or not at all"
+        yield Row("weights", Status.REFUSED, weights, remedy)
+    else:
+        yield Row("weights", Status.OK, weights)
+    if shape.expert_share:
+        plain, verify = (price.bytes_read(shape, rows, 0) for rows in (1, 5))
+        found = f"verifying 4 drafts reads {verify / plain:.1f} times the weights of a plain step at B=1"
+        yield Row(
+            "experts",
+            Status.REFUSED,
+            found,
+            "what counts is the experts touched; in vLLM the self-drafter refuses mixtures",
+        )
+    even = price.even_context(shape)
+    yield Row("long contexts", Status.OK, f"from {even:,} live tokens on the KV cache is the larger part")
+    for batch in PRICED_BATCHES:
+        yield _price_row(shape, batch, gpu)
+
+
+def _price_row(shape: ModelShape, batch: int, gpu: str | None) -> Row:
+    most = [price.ceiling(shape, batch, context) for context in PRICED_CONTEXTS]
+    found = ", ".join(f"{x.context // 1024}k: r {x.ratio:.2f}, at most {x.gain:.2f}×" for x in most)
+    best = max(x.gain for x in most)
+    if gpu is not None:
+        real = [price.on_device(DEVICES[gpu], shape, batch, x.context) for x in most]
+        found += f"; {gpu}, predicted: " + ", ".join(f"{x.gain:.2f}× (K={x.draft_length})" for x in real)
+        best = max(x.gain for x in real)
+    name = f"self-drafter B={batch}"
+    if best < LEAST_GAIN:
+        return Row(name, Status.REFUSED, found, "plain decoding there: the policy chooses it by itself")
+    return Row(name, Status.OK, found)
+
+
 def rows_table(groups: dict[str, list[Row]]) -> Table:
     """Rows under a heading per group; the texts share the width that the names leave."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", expand=True)
@@ -194,11 +245,18 @@ def rows_table(groups: dict[str, list[Row]]) -> Table:
     "model_path",
     metavar="PATH",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Also say whether the checkpoint in this folder is supported.",
+    help="Also say whether the checkpoint in this folder is supported, and what a quantized copy promises as its drafter.",
+)
+@click.option(
+    "--gpu",
+    type=click.Choice(list(DEVICES)),
+    help="With --model: predict that on this GPU too, from its datasheet.",
 )
 @report_options
-def command(model_path: Path | None, json_path: Path | None) -> None:
+def command(model_path: Path | None, gpu: str | None, json_path: Path | None) -> None:
     """Say what runs on this machine, what is refused, and what to do about it."""
+    if gpu is not None and model_path is None:
+        raise RolloutSpecError(f"--gpu {gpu}: give --model too, the checkpoint to price on it")
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:
@@ -211,6 +269,7 @@ def command(model_path: Path | None, json_path: Path | None) -> None:
     }
     if model_path is not None:
         groups["model"] = [model_row(model_path)]
+        groups["price"] = list(price_rows(model_path, gpu))
     checks = [
         Check(row.name, row.found, "usable", row.status is Status.OK)
         for rows in groups.values()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from rollout_spec.config import DRAFTERS
+from rollout_spec.config import BACKENDS, DRAFTERS
 from rollout_spec.contracts import RolloutSpecError, invalid
 from rollout_spec.observe.report import ExactnessLevel, Report, finish, report_options
 
@@ -67,9 +69,16 @@ def tokenized(engine: RolloutEngine, prompts: Sequence[str | list[int]]) -> list
     ]
 
 
+def look_into_vllm() -> dict[str, Any]:
+    """Options with which a proof can see and steer vLLM: in this process, without compiled passes."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    return {"vllm": {"enforce_eager": True}}
+
+
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--backend", type=click.Choice(["torch"]), default="torch", show_default=True)
+@click.option("--backend", type=click.Choice(BACKENDS), default="torch", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True
@@ -113,6 +122,8 @@ def command(
     json_path: Path | None,
 ) -> None:
     """Prove on MODEL (a folder), here, that speculation changes nothing but time."""
+    if backend == "vllm" and find_spec("vllm") is None:
+        raise invalid("--backend", backend, "vLLM is not installed: pip install 'rollout-spec[vllm]'")
     given = None if prompts_path is None else read_prompts(prompts_path)
     if given is not None and requests is not None and requests > len(given):
         raise invalid("--requests", requests, f"{prompts_path} holds {len(given)} prompts; ask for fewer")
@@ -123,12 +134,16 @@ def command(
 
     console = Console()
     with console.status("loading") as status:
-        engine = RolloutEngine.from_pretrained(
-            model,
-            device=device,
-            dtype=dtype,
-            speculation={"drafter": drafter, "verifier": "coupled", "canary_min_acceptance": 0.0},
-        )
+        speculation = {"drafter": drafter, "verifier": "coupled", "canary_min_acceptance": 0.0}
+        options: dict[str, Any] = {
+            "backend": backend,
+            "device": device,
+            "dtype": dtype,
+            "speculation": speculation,
+        }
+        if backend == "vllm":
+            options |= look_into_vllm()
+        engine = RolloutEngine.from_pretrained(model, **options)
         vocab = engine.backend.spec.vocab_size if engine.tokenizer is None else None
         texts = default_prompts(requests or 8, vocab) if given is None else given[:requests]
         settings = Settings(tokenized(engine, texts), seeds, max_tokens, samples)

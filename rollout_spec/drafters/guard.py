@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,6 +39,13 @@ class DrafterReport:
     version: int
 
 
+class Stamped(Protocol):
+    """What the guard needs to know of a drafter."""
+
+    name: str
+    version: int
+
+
 class DrafterGuard:
     """Watches one drafter.
 
@@ -59,11 +67,11 @@ class DrafterGuard:
         """Recent token sequences, for the canary."""
         return self._contexts
 
-    def usable(self, drafter: Drafter | None, version: int) -> bool:
+    def usable(self, drafter: Stamped | None, version: int) -> bool:
         """Whether the drafter is in order and was made from the policy in force."""
         return drafter is not None and not self._set_aside and drafter.version == version
 
-    def check(self, drafter: Drafter | None, version: int) -> bool:
+    def check(self, drafter: Stamped | None, version: int) -> bool:
         """`usable`, before drafting: a drafter made from another policy version is reported."""
         if drafter is not None and not self._set_aside and drafter.version != version:
             what = f"drafter {drafter.name} was made from policy version {drafter.version}, not {version}"
@@ -75,9 +83,13 @@ class DrafterGuard:
         try:
             return run()
         except Exception as error:  # a guest's failure is reported and must not end the rollout
-            cause = f"drafter {drafter.name} raised {type(error).__name__}: {error}"
-            self._report("raised", cause, drafter.version, error)
+            self.failed(drafter, error)
             return None
+
+    def failed(self, drafter: Stamped, error: Exception) -> None:
+        """Set a drafter aside that raised `error`."""
+        cause = f"drafter {drafter.name} raised {type(error).__name__}: {error}"
+        self._report("raised", cause, drafter.version, error)
 
     def observe(self, healthy: bool, tried: int, accepted: int, version: int) -> None:
         """Judge a verified proposal: finite logits, and acceptance over the last tokens tried.
@@ -103,7 +115,7 @@ class DrafterGuard:
 
     def after_update(
         self,
-        drafter: Drafter | None,
+        drafter: Stamped | None,
         version: int,
         compare: Callable[[np.ndarray], tuple[Tensor, Tensor] | None],
         error: Exception | None = None,

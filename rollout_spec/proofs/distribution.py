@@ -27,6 +27,7 @@ from rollout_spec.models.weights import Piece
 from rollout_spec.policy.baselines import Fixed
 from rollout_spec.proofs.runs import mode
 from rollout_spec.sampling import reference
+from rollout_spec.torch_backend.backend import TorchBackend
 
 DRAFT_LENGTH = 3
 TOKENS = DRAFT_LENGTH + 1  # up to the bonus token
@@ -129,10 +130,15 @@ def _bias(engine: RolloutEngine) -> Tensor:
 @contextmanager
 def distorted(engine: RolloutEngine) -> Iterator[None]:
     """Draft with a distorted drafter for a while. The engine must be idle."""
-    weights = engine.backend.weights
+    backend, bias = engine.backend, _bias(engine)
+    if not isinstance(backend, TorchBackend):
+        with backend.biased_drafter(bias):
+            yield
+        return
+    weights = backend.weights
     drafter = weights.drafter
     if drafter is not None:
-        weights.drafter = _Distorted(drafter, _bias(engine))
+        weights.drafter = _Distorted(drafter, bias)
     try:
         yield
     finally:

@@ -119,7 +119,7 @@ class Proof:
             spec = total(completions)
             used &= spec.drafted > 0 and spec.accepted > 0 and spec.verify_steps > 0
             shown[name] = asdict(spec) | {"acceptance": spec.accepted / max(spec.drafted, 1)}
-        reports = [report.message for report in engine.backend.guard.reports]
+        reports = [report.message for report in engine.stats().reports]
         self.verdict.results["speculation"] = {"runs": shown, "drafter_reports": reports}
         on = total(runs["on"])
         drafter = engine.backend.weights.drafter

@@ -54,6 +54,7 @@ class _Pause(Fixed):
 
     def __init__(self, engine: RolloutEngine, draft_length: int) -> None:
         self._weights, self._old = engine.backend.weights, engine.backend.weights.version
+        self._in_place = engine.backend.updates_in_place
         super().__init__(draft_length)
         self._passes = 0
         self.reached, self.arrived = threading.Event(), threading.Event()
@@ -68,10 +69,16 @@ class _Pause(Fixed):
         return super().plan(state)
 
     def deliver(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The weights, once the engine holds; the engine goes on after the last of them."""
+        """The weights, once the engine holds; the engine goes on after the last of them.
+
+        A backend that overwrites its weights in place has to stop for that: there it goes on after the first.
+        """
         self.reached.wait(PATIENCE)
         try:
-            yield from weights
+            for pair in weights:
+                yield pair
+                if self._in_place:
+                    self.arrived.set()
         finally:
             self.arrived.set()
 

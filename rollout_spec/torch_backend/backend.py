@@ -10,14 +10,15 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rollout_spec.config import EngineConfig
-from rollout_spec.contracts import FinishReason, invalid
+from rollout_spec.contracts import FinishReason, SamplingParams, invalid
 from rollout_spec.drafters.base import Drafter, Proposal
 from rollout_spec.drafters.guard import DrafterGuard
 from rollout_spec.drafters.history import History
@@ -33,6 +34,7 @@ from rollout_spec.sampling.noise import row_keys
 from rollout_spec.sampling.pipeline import Processed, SamplingBatch, token_logprobs
 from rollout_spec.sampling.table import SamplingTable
 from rollout_spec.torch_backend.choose_policy import choose_policy
+from rollout_spec.torch_backend.completions import spec_counts
 from rollout_spec.torch_backend.drafting import Drafts
 from rollout_spec.torch_backend.graph_passes import GraphPasses, choose_graphs
 from rollout_spec.torch_backend.kv_cache import BlockPool, KVCache, OutOfBlocks
@@ -41,7 +43,15 @@ from rollout_spec.torch_backend.pass_clock import PassClock
 from rollout_spec.torch_backend.probe import row_invariance
 from rollout_spec.torch_backend.runner import Block, Runner
 from rollout_spec.torch_backend.scheduler import Scheduler
-from rollout_spec.torch_backend.slots import ACCEPTED, DRAFTED, PLAIN_STEPS, VERIFY_STEPS, Sample, Slots
+from rollout_spec.torch_backend.slots import (
+    ACCEPTED,
+    DRAFTED,
+    PLAIN_STEPS,
+    VERIFY_STEPS,
+    Prompt,
+    Sample,
+    Slots,
+)
 from rollout_spec.torch_backend.weights import PolicyWeights, UpdateReport
 
 logger = logging.getLogger("rollout_spec")
@@ -70,7 +80,11 @@ class TorchBackend:
         coupled: Which verifier is in force.
         spec_counters, generated_tokens: Totals so far; the counters are those of `slots`.
         row_invariant: Whether the probe found a token's logits independent of the batch (exactness level E2).
+        updates_in_place, whole: New weights come beside the old ones, which stay in force whatever happens.
     """
+
+    updates_in_place = False
+    whole = True
 
     def __init__(
         self,
@@ -191,7 +205,23 @@ class TorchBackend:
                 self._release(sample.slot)
             sample.finish_reason = FinishReason.ABORT
 
-    def commit(self, report: UpdateReport) -> None:
+    def prompt(self, tokens: np.ndarray) -> Prompt:
+        """The record that samples of one prompt share."""
+        return self.scheduler.prompt(tokens)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Refuse parameters this backend cannot honour: there are none."""
+
+    def submit(self, sample: Sample) -> None:
+        self.scheduler.submit(sample)
+
+    def stage(
+        self, weights: Iterable[tuple[str, Tensor]], version: int, hold: Callable[[], None]
+    ) -> UpdateReport:
+        """Receive new weights beside those in force, while decoding goes on: `hold` is not needed."""
+        return self.weights.stage(weights, version)
+
+    def commit(self, report: UpdateReport) -> UpdateReport:
         """Put staged weights in force and drop what the old ones computed: samples in flight recompute."""
         if self.graphs is not None:
             self.graphs.release()
@@ -203,6 +233,7 @@ class TorchBackend:
             if self.graphs is not None:
                 self.graphs.capture()
             self._drafter_follows()
+        return report
 
     def sleep(self, *, discard_weights: bool = False) -> None:
         """Give up the KV cache, and the weights if asked; samples in flight wait and recompute."""
@@ -221,6 +252,34 @@ class TorchBackend:
         if self._canary_due:
             self._drafter_follows()
             self._canary_due = False
+
+    def logprobs(self, tokens: np.ndarray) -> list[float]:
+        """Logprob of each token after the first, from a plain pass (T=1); raises `OutOfBlocks`."""
+        logits = self.score(self.weights.target, tokens)
+        following = torch.from_numpy(tokens[None, 1:]).to(logits.device)
+        return token_logprobs(logits[None, :-1], Processed(logits[None, :-1]), following).logprob[0].tolist()
+
+    def figures(self) -> dict[str, Any]:
+        """What `EngineStats` says of a backend."""
+        drafter, found = self.weights.drafter, self.calibration
+        usable = self.guard.usable(drafter, self.weights.version)
+        return {
+            "version": self.weights.version,
+            "verifier": "coupled" if self.coupled else "rejection",
+            "exactness": ("E2" if self.row_invariant else "E1") if self.coupled else "E0",
+            "drafter": drafter.name if usable and drafter is not None else None,
+            "reports": tuple(self.guard.reports),
+            "calibration": None if found is None else "brief" if found.brief else "full",
+            "canary_acceptance": self.guard.canary_acceptance,
+            "live": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "kv_tokens": self.kv_tokens,
+            "kv_tokens_free": self.pool.available * self.config.block_size,
+            "preemptions": self.scheduler.preemptions,
+            "generated_tokens": self.generated_tokens,
+            "spec": spec_counts(self.spec_counters),
+            "times": replace(self.times),
+        }
 
     @torch.inference_mode()
     def score(self, model: Decoder, tokens: np.ndarray) -> Tensor:

@@ -98,7 +98,7 @@ class PolicyWeights:
         make = partial(make_linear, device=self.device)
         slots: dict[str, Any] = {}
         try:
-            for name, tensor in _pairs(weights):
+            for name, tensor in pairs(weights):
                 for piece in assembler.feed(name, tensor):
                     slots[piece.slot] = realize(piece, make)
                     before = time.perf_counter()
@@ -142,7 +142,7 @@ class PolicyWeights:
 _NO_WEIGHTS = DecoderWeights(torch.empty(0), (), torch.empty(0), lambda x: x)  # type: ignore[arg-type]
 
 
-def _pairs(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def pairs(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """`weights` as they come; anything but (name, tensor) pairs is an error."""
     remedy = "send (name, tensor) pairs, such as model.named_parameters() or state_dict.items()"
     if isinstance(weights, Mapping) or not isinstance(weights, Iterable):

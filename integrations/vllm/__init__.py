@@ -1,0 +1,1 @@
+"""rollout-spec inside unmodified vLLM, through its plugin entry point."""

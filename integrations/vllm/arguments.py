@@ -1,0 +1,88 @@
+"""The arguments with which `vllm.LLM` and `vllm serve` run with the plugin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from rollout_spec.config import EngineConfig, SpeculationConfig
+from rollout_spec.drafters.quantize import available_quantizers
+from rollout_spec.integrations.vllm.compat import check_version
+from rollout_spec.integrations.vllm.options import KEY, QUANTIZATION_PREFIX
+
+SCHEDULER = "rollout_spec.integrations.vllm.scheduler.PolicyScheduler"
+WORKER_EXTENSION = "rollout_spec.integrations.vllm.worker.WorkerExtension"
+KINDS = ("nf4", "int8", "int4")  # for `auto`, in order of preference
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # K that graphs are captured for
+
+
+def llm_arguments(model: str, speculation: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Keyword arguments for `vllm.LLM(...)` or `vllm.AsyncEngineArgs(...)` that switch everything on.
+
+    Args:
+        model: The target, as vLLM takes it; the drafter is made from it.
+        speculation: Fields of `SpeculationConfig`. `drafter="auto"` takes the first of nf4, int8 and int4 that this
+            machine has a kernel for, without timing them; `history` has no part in vLLM, whose own n-gram method
+            is the nearest to it.
+
+    Raises:
+        InvalidRequest: An unknown field, or a value out of range; the message names it.
+        UnsupportedVllm: The installed vLLM is outside the supported range.
+    """
+    check_version()
+    options = EngineConfig.from_dict({"speculation": dict(speculation or {})}).speculation
+    arguments: dict[str, Any] = {
+        "model": model,
+        "additional_config": {KEY: _changed(options)},
+        "scheduler_cls": SCHEDULER,
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+    if options.drafter != "none":
+        kind = _available_kind() if options.drafter == "auto" else options.drafter
+        longest = options.draft_length or options.longest_draft
+        arguments["speculative_config"] = {
+            "method": "draft_model",
+            "model": model,
+            "quantization": QUANTIZATION_PREFIX + kind,
+            "num_speculative_tokens": longest,
+            "draft_sample_method": "probabilistic",
+            "num_speculative_tokens_per_batch_size": _graph_table(options),
+        }
+    return arguments
+
+
+def serve_flags(model: str, speculation: Mapping[str, Any] | None = None) -> list[str]:
+    """The same as words of a command line: `["vllm", "serve", *serve_flags(...)]`."""
+    arguments = llm_arguments(model, speculation)
+    words = [arguments.pop("model")]
+    for name, value in arguments.items():
+        words += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+def _available_kind() -> str:
+    if torch.cuda.is_available():  # no trial there: it would open the device in vLLM's front end
+        return KINDS[0]
+    found = available_quantizers("cpu", torch.bfloat16)
+    return next((kind for kind in KINDS if found[kind] is None), KINDS[0])
+
+
+def _changed(options: SpeculationConfig) -> dict[str, Any]:
+    """The options that are not the defaults."""
+    defaults = asdict(SpeculationConfig())
+    return {name: value for name, value in asdict(options).items() if value != defaults[name]}
+
+
+def _graph_table(options: SpeculationConfig) -> list[list[int]]:
+    """vLLM's table of K by batch size: the scheduler decides instead, but graphs are captured for every K in it."""
+    longest = options.draft_length or options.longest_draft
+    lengths = (
+        [longest]
+        if options.draft_length
+        else sorted({*(x for x in LENGTHS if x < longest), longest}, reverse=True)
+    )
+    return [[batch, batch, length] for batch, length in enumerate([*lengths, 0], 1)]

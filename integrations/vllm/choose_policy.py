@@ -1,0 +1,92 @@
+"""From the configuration of a vLLM engine to the policy that decides K."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rollout_spec.config import SpeculationConfig
+from rollout_spec.integrations.vllm.compat import check_version
+from rollout_spec.integrations.vllm.online_calibration import SelfCalibrating
+from rollout_spec.integrations.vllm.options import QUANTIZATION_PREFIX, is_self_drafter
+from rollout_spec.observe.machine import cpu_model, installed_versions
+from rollout_spec.policy import calibration
+from rollout_spec.policy.automatic import AutomaticPolicy
+from rollout_spec.policy.baselines import Fixed, Off
+from rollout_spec.policy.calibration import Calibration
+from rollout_spec.policy.cost_model import CostModel, fit
+from rollout_spec.policy.records import PassTiming, SpeculationPolicy
+
+logger = logging.getLogger("rollout_spec")
+
+
+def drafter_name(vllm_config: Any) -> str | None:
+    """`nf4` and the like for a self-drafter, vLLM's name of the method for others, None if nothing drafts."""
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return None
+    if is_self_drafter(vllm_config):
+        return str(speculative.quantization).removeprefix(QUANTIZATION_PREFIX)
+    return str(speculative.method)
+
+
+def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPolicy:
+    """Fixed draft lengths if the configuration says so, else decisions from measured costs."""
+    name = drafter_name(vllm_config)
+    if name is None:
+        return Off()
+    if options.draft_length is not None:
+        return Fixed(options.draft_length)
+    longest = min(options.longest_draft, vllm_config.speculative_config.num_speculative_tokens)
+
+    def make(costs: CostModel) -> AutomaticPolicy:
+        return AutomaticPolicy(
+            costs,
+            objective=options.objective,
+            longest=longest,
+            margin=options.margin,
+            probe_share=options.probe_share,
+            explore_share=options.explore_share,
+            ragged=False,
+            seed=vllm_config.model_config.seed,
+        )
+
+    key = calibration_key(vllm_config)
+    found = calibration.cached(key)
+
+    def keep(timings: Sequence[PassTiming]) -> None:
+        made = Calibration(key, tuple(timings), fit(timings), {}, brief=True)
+        try:
+            calibration.write(made, calibration.cache_path(key))
+        except OSError as error:
+            logger.warning("the measured costs could not be kept for the next engine: %s", error)
+
+    return SelfCalibrating(name, make, longest, found.timings if found is not None else (), keep)
+
+
+def calibration_key(vllm_config: Any) -> Mapping[str, Any]:
+    """What the costs of this engine depend on; JSON values."""
+    from vllm.platforms import current_platform
+
+    model, compilation = vllm_config.model_config, vllm_config.compilation_config
+    text = model.hf_text_config.to_dict()
+    on_cpu = current_platform.is_cpu()
+    return {
+        "engine": f"vllm {check_version()}",
+        "machine": cpu_model()[0] if on_cpu else current_platform.get_device_name(),
+        "threads": (os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()) if on_cpu else None,
+        "model": {name: value for name, value in text.items() if isinstance(value, (int, float))},
+        "dtype": str(model.dtype),
+        "drafter": drafter_name(vllm_config),
+        "ranks": vllm_config.parallel_config.tensor_parallel_size,
+        "eager": bool(model.enforce_eager),
+        "graphs": str(compilation.cudagraph_mode),
+        "async": bool(vllm_config.scheduler_config.async_scheduling),
+        "versions": {
+            n: v for n, v in installed_versions().items() if n in ("torch", "rollout-spec", "bitsandbytes")
+        },
+    }

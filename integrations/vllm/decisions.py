@@ -1,0 +1,229 @@
+"""Between vLLM's scheduler and a speculation policy: what is live, what K is, and what came of it.
+
+vLLM drafts at the end of a step and verifies in the next one. K is decided when a step is scheduled, for the drafts
+made at its end; the pass that the policy planned is that drafting and the verification in the following step.
+Only whole steps can be timed from here (worker and scheduler may be two processes), so a step's time is divided
+between what it verified and what it drafted in the proportion the cost model expects; steps that verify without
+drafting, or draft without verifying, come with every switch and probe, and keep the two apart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rollout_spec.integrations.vllm.online_calibration import SelfCalibrating, StepTiming
+from rollout_spec.policy.automatic import AutomaticPolicy
+from rollout_spec.policy.records import Plan, Reason, SpeculationPolicy, StepOutcome, StepState
+
+logger = logging.getLogger("rollout_spec")
+
+WATCH_TOKENS = 512  # draft tokens over which acceptance is judged
+
+
+@dataclass(frozen=True)
+class Live:
+    """A request that will decode after the step being scheduled.
+
+    Attributes:
+        request: Its id.
+        length: Tokens known by then, prompt included, at least.
+        outputs: Output tokens by then, at least.
+        allowed: Output tokens still allowed after them, at least 1.
+    """
+
+    request: str
+    length: int
+    outputs: int
+    allowed: int
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a step did with one request.
+
+    Attributes:
+        request: Its id.
+        drafted: Draft tokens it verified.
+        emitted: Tokens it appended.
+        finished: Whether the request ended.
+    """
+
+    request: str
+    drafted: int
+    emitted: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided while a step was scheduled: its drafts are verified in the next.
+
+    Attributes:
+        draft_length: K.
+        requests: Those it was decided for, in the order of `state`.
+        state, plan: None where nothing will be live.
+    """
+
+    draft_length: int
+    requests: tuple[str, ...] = ()
+    state: StepState | None = None
+    plan: Plan | None = None
+
+
+class Decisions:
+    """Asks a policy before each step and tells it what came of it.
+
+    Args:
+        policy: Decides; one that does not calibrate itself gets no times from mixed or disturbed steps either.
+        drafter: Its name in the policy's costs, or None if nothing can draft.
+        lengths: Draft lengths the runner can run at full speed, 0 among them; others are rounded down.
+        least_acceptance: A drafter accepted less than this, over the last `WATCH_TOKENS` tokens tried, is set aside.
+
+    Attributes:
+        reasons: Steps decided so far, by reason.
+        draft_lengths: Steps decided so far, by K.
+        set_aside: Why the drafter is not used, or None.
+    """
+
+    def __init__(
+        self,
+        policy: SpeculationPolicy,
+        drafter: str | None,
+        lengths: Sequence[int],
+        least_acceptance: float = 0.0,
+    ) -> None:
+        self.policy, self.drafter = policy, drafter
+        self.lengths, self.least_acceptance = sorted({0, *lengths}), least_acceptance
+        self.reasons: Counter[Reason] = Counter()
+        self.draft_lengths: Counter[int] = Counter()
+        self.set_aside: str | None = None
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []
+        self._tried = self._accepted = 0
+        self._draft_seconds = 0.0  # of the last step
+
+    def decide(self, live: Sequence[Live], waiting: int) -> Decision:
+        """K of the drafts made at the end of the step being scheduled."""
+        if not live:
+            return Decision(0)
+        state = StepState(
+            np.array([self._slot(x.request) for x in live], np.int64),
+            np.array([x.length for x in live], np.int64),
+            np.array([x.outputs for x in live], np.int64),
+            np.array([x.allowed for x in live], np.int64),
+            () if self.drafter is None or self.set_aside is not None else (self.drafter,),
+            waiting=waiting,
+        )
+        plan = self.policy.plan(state)
+        wanted = int(plan.draft_lengths.max()) if plan.speculates and state.drafters else 0
+        length = max(x for x in self.lengths if x <= wanted)
+        self.reasons[plan.reason] += 1
+        self.draft_lengths[length] += 1
+        return Decision(length, tuple(x.request for x in live), state, plan)
+
+    def observe(
+        self, before: Decision, now: Decision, verified: Sequence[Verified], seconds: float, clean: bool
+    ) -> None:
+        """What a step did.
+
+        Args:
+            before: Decided one step ago: what this step verified.
+            now: Decided for this step: what it drafted at its end.
+            verified: Every request it decoded.
+            seconds: Its time, drafting included.
+            clean: Whether it did nothing else, such as a prefill.
+        """
+        self._judge(verified)
+        index = {request: i for i, request in enumerate(before.requests)}
+        known = [x for x in verified if x.request in index]
+        if before.state is not None and before.plan is not None and known:
+            state = before.state.take(np.array([index[x.request] for x in known]))
+            drafted = np.array([x.drafted for x in known], np.int64)
+            self._tell(
+                before.plan, state, drafted, now, known, seconds, clean and len(known) == len(verified)
+            )
+        self.forget(x.request for x in verified if x.finished)
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """These requests are gone."""
+        slots = [self._slots.pop(x) for x in requests if x in self._slots]
+        if slots:
+            self.policy.forget(np.array(slots, np.int64))
+            self._free += slots
+
+    def forget_others(self, alive: Iterable[str]) -> None:
+        """All requests but these are gone."""
+        self.forget(self._slots.keys() - set(alive))
+
+    def after_update(self) -> None:
+        """The weights have changed."""
+        self.set_aside, self._tried, self._accepted = None, 0, 0
+        self.policy.after_update()
+
+    def _slot(self, request: str) -> int:
+        if request not in self._slots:
+            self._slots[request] = self._free.pop() if self._free else len(self._slots)
+        return self._slots[request]
+
+    def _tell(
+        self,
+        plan: Plan,
+        state: StepState,
+        drafted: np.ndarray,
+        now: Decision,
+        verified: Sequence[Verified],
+        seconds: float,
+        clean: bool,
+    ) -> None:
+        batch, context = len(state.slots), int(state.lengths.sum())
+        timing = StepTiming(batch, int(drafted.sum()), now.draft_length, context, seconds)
+        if clean and isinstance(self.policy, SelfCalibrating):
+            self.policy.observe_step(timing)
+        share = self._draft_share(timing)
+        draft_before, self._draft_seconds = self._draft_seconds, share * seconds
+        if not clean:
+            return
+        emitted = np.array([x.emitted for x in verified], np.int64)
+        outcome = StepOutcome(
+            np.minimum(np.maximum(emitted - 1, 0), drafted),
+            emitted,
+            np.array([x.finished for x in verified], bool),
+            draft_before if drafted.any() else 0.0,
+            (1 - share) * seconds,
+        )
+        drafter = self.drafter if drafted.any() else None
+        carried = Plan(drafted, np.zeros(batch, np.int64), drafter, plan.reason, plan.gain, plan.seconds)
+        self.policy.observe(state, carried, outcome)
+
+    def _draft_share(self, step: StepTiming) -> float:
+        """Part of a step's time that went into drafting, as the cost model expects it."""
+        policy = self.policy.policy if isinstance(self.policy, SelfCalibrating) else self.policy
+        if not isinstance(policy, AutomaticPolicy) or self.drafter is None or not step.drafting:
+            return 0.0
+        target = policy.costs.target(step.batch, step.batch + step.verified, step.kv_tokens)
+        draft = step.drafting * policy.costs.draft(self.drafter, step.batch, step.kv_tokens)
+        return draft / (draft + target) if draft + target > 0 else 0.0
+
+    def _judge(self, verified: Sequence[Verified]) -> None:
+        for x in verified:
+            if x.drafted and x.emitted:
+                accepted = min(x.emitted - 1, x.drafted)
+                self._accepted += accepted
+                self._tried += accepted + (accepted < x.drafted and not x.finished)
+        if self._tried < WATCH_TOKENS:
+            return
+        acceptance, tried = self._accepted / self._tried, self._tried
+        self._tried = self._accepted = 0
+        if acceptance < self.least_acceptance and self.set_aside is None:
+            self.set_aside = (
+                f"acceptance {acceptance:.3f} over {tried} draft tokens tried is below "
+                f"speculation.canary_min_acceptance={self.least_acceptance}"
+            )
+            logger.error(
+                "drafter set aside: %s; decoding plainly until the next weight update", self.set_aside
+            )

@@ -1,0 +1,147 @@
+"""vLLM's scheduler with a speculation policy: K is decided in every step, from measured costs and acceptance.
+
+Give `scheduler_cls` the name of `PolicyScheduler`; where vLLM schedules asynchronously it makes the asynchronous one.
+The policy works over every method of vLLM that drafts as many tokens as it is told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from rollout_spec.contracts import invalid
+from rollout_spec.integrations.vllm.choose_policy import choose_policy, drafter_name
+from rollout_spec.integrations.vllm.decisions import Decision, Decisions, Live, Verified
+from rollout_spec.integrations.vllm.fit import check_fit
+from rollout_spec.integrations.vllm.options import KEY, options_of
+from rollout_spec.integrations.vllm.refusals import refuse_data_parallel
+from rollout_spec.integrations.vllm.sampling import may_draft
+
+_FIXED_LENGTH = ("medusa", "mlp_speculator", "custom_class", "extract_hidden_states")
+
+
+@dataclass
+class _Step:
+    """A step under way."""
+
+    output: Any
+    before: Decision
+    now: Decision
+    began: float
+
+
+class PolicyScheduler(Scheduler):
+    """vLLM's scheduler, asking a policy for K.
+
+    Attributes:
+        decisions: What was decided, by reason and by K.
+    """
+
+    dynamic_sd_lookup: list[int] | None
+
+    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> PolicyScheduler:
+        if cls is PolicyScheduler and vllm_config.scheduler_config.async_scheduling:
+            return super().__new__(AsyncPolicyScheduler)
+        return super().__new__(cls)
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        check_fit(vllm_config)
+        options = options_of(vllm_config)
+        if options is None:
+            raise invalid(
+                "scheduler_cls", type(self).__name__, f"give additional_config={{{KEY!r}: {{...}}}} too"
+            )
+        refuse_data_parallel(vllm_config)
+        speculative = vllm_config.speculative_config
+        if speculative is not None and speculative.method in _FIXED_LENGTH:
+            raise invalid(
+                "speculative_config.method",
+                speculative.method,
+                "it drafts at one length only; use another method",
+            )
+        super().__init__(vllm_config, *args, **kwargs)
+        lengths: Sequence[int] = range(self.num_spec_tokens + 1)
+        if self.dynamic_sd_lookup is not None:  # those that vLLM captured graphs for
+            lengths = self.dynamic_sd_lookup[1:]
+        # Not None, so that vLLM does not pad new requests with placeholders for a K that is not decided here.
+        self.dynamic_sd_lookup = [0] * (self.scheduler_config.max_num_seqs + 1)
+        self.decisions = Decisions(
+            choose_policy(vllm_config, options),
+            drafter_name(vllm_config),
+            lengths,
+            0.0 if speculative is None or "ngram" in speculative.method else options.canary_min_acceptance,
+        )
+        self._decided = Decision(0)
+        self._steps: deque[_Step] = deque()
+        self._ended = 0.0
+        self._began = 0.0
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self._began = time.perf_counter()
+        return super().schedule(*args, **kwargs)
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        before, self._decided = self._decided, self._decide(scheduler_output)
+        scheduler_output.num_spec_tokens_to_schedule = self._decided.draft_length
+        self._steps.append(_Step(scheduler_output, before, self._decided, self._began))
+        super()._update_after_schedule(scheduler_output)
+
+    def _decide(self, scheduler_output: Any) -> Decision:
+        if not scheduler_output.num_scheduled_tokens or not self.num_spec_tokens:
+            return Decision(0)
+        live = []
+        for request_id, count in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            known = request.num_tokens + request.num_output_placeholders
+            if request.num_computed_tokens + count < known or request.sampling_params is None:
+                continue  # it goes on prefilling
+            outputs = known - request.num_prompt_tokens + 1
+            allowed = min(request.max_tokens - outputs, self.max_model_len - known - 1)
+            if allowed > 0:
+                live.append(Live(request_id, known + 1, outputs, allowed))
+        self.decisions.forget_others(self.requests)
+        if not any(may_draft(self, self.requests[one.request]) for one in live):
+            return Decision(0)
+        return self.decisions.decide(live, len(self.waiting))
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        tokens, row = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
+        drafts, decoded, clean = scheduler_output.scheduled_spec_decode_tokens, {}, True
+        for request_id, count in scheduler_output.num_scheduled_tokens.items():
+            drafted = len(drafts.get(request_id, ()))
+            if count != 1 + drafted:
+                clean = False
+            elif tokens and request_id in row:
+                decoded[request_id] = drafted, len(tokens[row[request_id]])
+        result = super().update_from_output(scheduler_output, model_runner_output)
+        while self._steps and self._steps[0].output is not scheduler_output:
+            self._steps.popleft()
+        if self._steps:
+            self._observe(self._steps.popleft(), decoded, clean)
+        return result
+
+    def _observe(self, step: _Step, decoded: dict[str, tuple[int, int]], clean: bool) -> None:
+        now = time.perf_counter()
+        seconds, self._ended = now - max(step.began, self._ended), now
+        verified = []
+        for request_id, (drafted, emitted) in decoded.items():
+            request = self.requests.get(request_id)
+            finished = request is None or request.is_finished()
+            verified.append(Verified(request_id, drafted, emitted, finished))
+        if verified:
+            self.decisions.observe(step.before, step.now, verified, seconds, clean)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """As vLLM's. Every weight update ends with it, so what was learnt of the drafter counts less from here on."""
+        self.decisions.after_update()
+        return super().reset_prefix_cache(*args, **kwargs)
+
+
+class AsyncPolicyScheduler(PolicyScheduler, AsyncScheduler):
+    """The same over vLLM's asynchronous scheduler: K is decided before the last step's outcome is known."""

@@ -1,0 +1,224 @@
+"""The quantized self-drafter in vLLM's V2 model runner, the default on GPUs: it shares the target's KV cache.
+
+The V2 runner needs Triton, so this file has not run on a GPU: `tests/vllm/test_v2_dry.py` runs it on
+CPU over vLLM's own base classes with stand-ins for the runner's inputs, and the contract tests hold every name it uses
+against released sources. What it writes, and why that is safe, is told in `self_drafter.py`; here nothing is read
+back to the host, so every request that must not draft in this step gets the index -1, for which vLLM's kernels write no
+keys, no values and no draft probabilities.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+from rollout_spec.integrations.vllm.refusals import check_layers
+
+try:
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator as Stock
+except ImportError:  # its name before 0.32
+    from vllm.v1.worker.gpu.spec_decode.draft_model.speculator import PlainDraftModelSpeculator as Stock
+
+logger = logging.getLogger("rollout_spec")
+
+PREFIX = "draft_model."  # vLLM's, of the names of a draft model's layers
+
+
+class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
+    """Drafts with a quantized copy of the target, one token of every request per forward.
+
+    A drafter that raises is reported and not run again.
+
+    Attributes:
+        forwards: Drafter forwards run so far.
+        set_aside: Why the drafter is not run any more, or None.
+    """
+
+    num_extra_query_per_req = 0  # the target computed every token but the last: nothing to prefill
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.forwards = 0
+        self.set_aside: str | None = None
+        self._targets: dict[str, str] = {}
+        # Ranks that stop at different steps would wait for each other.
+        self._alone = vllm_config.parallel_config.tensor_parallel_size == 1
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the drafter from the target's checkpoint and keep vLLM from allocating a KV cache for it."""
+        super().load_model(target_model)
+        layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+        self._targets = {name: name.removeprefix(PREFIX) for name in sorted(self.draft_attn_layer_names)}
+        check_layers(self.vllm_config, layers, self._targets)
+        for name in self._targets:
+            layers[name].get_kv_cache_spec = lambda vllm_config: None
+        compute = self.model.compute_logits
+        self.model.compute_logits = lambda hidden: _finite(compute(hidden))
+
+    def set_attn(
+        self,
+        model_state: Any,
+        kv_cache_config: Any,
+        block_tables: Any,
+        target_input_buffers: Any,
+        target_attn_groups: Any,
+    ) -> None:
+        """Take the runner's block tables. The drafter joins its target's KV group, in a copy: the runner's own
+        allocation, metadata and connectors see the target's layers only."""
+        shared = copy.copy(kv_cache_config)
+        shared.kv_cache_groups = []
+        for group in kv_cache_config.kv_cache_groups:
+            joined = copy.copy(group)
+            drafters = [name for name, target in self._targets.items() if target in group.layer_names]
+            joined.layer_names = [*group.layer_names, *drafters]
+            shared.kv_cache_groups.append(joined)
+        super().set_attn(model_state, shared, block_tables, target_input_buffers, target_attn_groups)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: Tensor,
+        aux_hidden_states: Any,
+        num_sampled: Tensor,
+        num_rejected: Tensor,
+        last_sampled: Tensor,
+        next_prefill_tokens: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        *,
+        num_speculative_tokens: int | None = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        **unused: Any,
+    ) -> Tensor:
+        """Draft for B requests: int64 [B, K_max], of which the first `num_speculative_tokens` columns count.
+
+        Args:
+            input_batch: What the target has just computed; `seq_lens` [B] holds computed and scheduled tokens.
+            num_sampled, num_rejected: [B]; nothing was sampled where a prompt is not computed to its end yet.
+            last_sampled: By request slot, the token sampled last.
+            temperature, seeds: By request slot.
+            num_speculative_tokens: K; 0 runs nothing, None means K_max (vLLM's warm-up).
+            unused: Data-parallel sync and multimodal inputs, refused at start; the target's own states.
+        """
+        batch = input_batch.num_reqs
+        count = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        slots = input_batch.idx_mapping[:batch]
+        if count == 0:
+            return self.draft_tokens[:batch]
+        if self.set_aside is None:
+            drafting = (num_sampled[:batch] > 0) & (not dummy_run)
+            position = (input_batch.seq_lens[:batch] - num_rejected[:batch]).to(torch.int64)
+            tokens = last_sampled.view(-1)[slots.long()]
+            skip_attn = dummy_run and skip_attn_for_dummy_run
+            self._copy_request_inputs(batch, slots, temperature, seeds)
+            try:
+                self._draft(input_batch, slots, drafting, position, tokens, count, skip_attn)
+                return self.draft_tokens[:batch]
+            except Exception as error:  # a guest's failure must not end the rollout
+                if not self._alone or dummy_run:
+                    raise
+                self.set_aside = f"it raised {type(error).__name__}: {error}"
+                logger.error("the self-drafter is set aside: %s", self.set_aside, exc_info=error)
+        self._guess_blindly(slots, count)
+        return self.draft_tokens[:batch]
+
+    def revive(self) -> None:
+        """Draft again: the weights are new."""
+        self.set_aside = None
+
+    def _draft(
+        self,
+        input_batch: Any,
+        slots: Tensor,
+        drafting: Tensor,
+        position: Tensor,
+        tokens: Tensor,
+        count: int,
+        skip_attn: bool,
+    ) -> None:
+        """Draft `count` tokens after `tokens` [B] at `position` [B] of the requests that are `drafting` [B]."""
+        batch = input_batch.num_reqs
+        if not skip_attn:
+            self._bind()
+        longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max())
+        self.draft_max_seq_len = min(longest + count, self.max_model_len)
+        self.input_buffers.query_start_loc[: batch + 1].copy_(self.arange_gpu[: batch + 1])
+        tokens = torch.where(drafting, tokens, 0)
+        for step in range(count):
+            drafting = drafting & (position < self.max_model_len)
+            self.idx_mapping[:batch] = torch.where(drafting, slots, -1)
+            self.input_buffers.input_ids[:batch] = tokens
+            self.input_buffers.positions[:batch] = torch.where(drafting, position, 0)
+            self.input_buffers.seq_lens[:batch] = self.input_buffers.positions[:batch] + 1
+            hidden = self._forward(input_batch, batch, step, skip_attn)
+            self.current_draft_step.fill_(step)
+            sampled = self.sample_draft(
+                hidden[:batch],
+                self.input_buffers.positions[:batch],
+                self.idx_mapping[:batch],
+                self.temperature,
+                self.seeds,
+                self.current_draft_step,
+                self.draft_logits,
+            )
+            tokens = torch.where(drafting, sampled, 0)  # of index -1 it is whatever memory held
+            self.draft_tokens[:batch, step] = tokens
+            position = position + 1
+
+    def _guess_blindly(self, slots: Tensor, count: int) -> None:
+        """The scheduler counts on `count` drafts: token 0, from a distribution that is certain of it, which is judged
+        as exactly as any other."""
+        self.draft_tokens[: len(slots), :count] = 0
+        if self.draft_logits is not None:
+            self.draft_logits[slots.long(), :count] = -torch.inf
+            self.draft_logits[slots.long(), :count, 0] = 0.0
+
+    def _forward(self, input_batch: Any, batch: int, step: int, skip_attn: bool) -> Tensor:
+        metadata = mapping = None
+        buffers = self.input_buffers
+        if not skip_attn:
+            slot_mappings = self.block_tables.compute_slot_mappings(
+                self.idx_mapping[:batch],
+                buffers.query_start_loc[: batch + 1],
+                buffers.positions[:batch],
+                batch,
+            )
+            mapping = build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config)
+            metadata = self._build_uniform_attn_metadata(
+                batch_desc=BatchExecutionDescriptor(
+                    cg_mode=CUDAGraphMode.NONE, num_tokens=batch, num_reqs=batch, uniform_token_count=1
+                ),
+                num_reqs=batch,
+                num_query_per_req=1,
+                seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
+                step=step + 1,
+            )
+        self.forwards += 1
+        hidden: Tensor = self._run_model(
+            buffers.input_ids[:batch], buffers.positions[:batch], metadata, mapping, None
+        )
+        return hidden
+
+    def _bind(self) -> None:
+        """Let the drafter's layers hold the target's cache, also after the runner allocated it anew."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name, target in self._targets.items():
+            if layers[name].kv_cache is not layers[target].kv_cache:
+                layers[name].bind_kv_cache(layers[target].kv_cache)
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Rows with a NaN or without a finite largest logit become uniform: what the verifier is told is a distribution."""
+    return logits.masked_fill_(~logits.amax(-1, keepdim=True).isfinite(), 0.0)

@@ -1,0 +1,287 @@
+"""The table of contracts: everything in vLLM that a part of the plugin calls, overrides, reads or rebinds.
+
+A part is refused by name where one of its touches does not fit; `unfit_in` names the releases in which that is known.
+docs/vllm-versions.md says what follows for users.
+"""
+
+from __future__ import annotations
+
+from rollout_spec.integrations.vllm.contracts import touch
+from rollout_spec.integrations.vllm.touches_drafter import DRAFTER
+from rollout_spec.integrations.vllm.touches_v2 import DRAFTER_V2
+
+PARTS = {
+    "drafter": "the quantized self-drafter on the V1 model runner",
+    "drafter_v2": "the quantized self-drafter on the V2 model runner",
+    "policy": "on, off and K of every step, in the scheduler",
+    "sampling": "requests whose parameters vLLM refuses beside speculation",
+    "sampling_cpu": "speculation at temperature > 0 on CPU (vllm#55005)",
+    "coupled": "coupled verification",
+    "weights": "update_weights, the canary and plain passes",
+}
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_LAYERS = "vllm.model_executor.layers"
+_RELOAD = "vllm.model_executor.model_loader.reload"
+
+POLICY = (
+    touch("policy", f"{_SCHEDULER}.schedule", "self, throttle_prefills=", why="extended: decides K"),
+    touch(
+        "policy",
+        f"{_SCHEDULER}.update_from_output",
+        "self, scheduler_output, model_runner_output",
+        why="extended: learns what was accepted, and when",
+    ),
+    touch("policy", f"{_SCHEDULER}.update_draft_token_ids", "self, draft_token_ids", why="receives drafts"),
+    touch(
+        "policy",
+        f"{_SCHEDULER}._update_after_schedule",
+        "self, scheduler_output",
+        why="extended: K is decided before placeholders for it are made",
+    ),
+    touch(
+        "policy",
+        f"{_SCHEDULER}.reset_prefix_cache",
+        "self, reset_running_requests=, reset_connector=",
+        why="extended: every weight update ends with it",
+    ),
+    touch(
+        "policy",
+        "vllm.v1.outputs:ModelRunnerOutput",
+        ("req_id_to_index", "sampled_token_ids"),
+        why="what was emitted",
+    ),
+    touch(
+        "policy",
+        f"{_SCHEDULER}.make_spec_decoding_stats",
+        "self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id",
+        why="accepted tokens by position",
+    ),
+    touch(
+        "policy",
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
+        "self, scheduler_output",
+        why="asynchronous scheduling reserves K placeholders here",
+    ),
+    touch(
+        "policy",
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        ("num_scheduled_tokens", "num_spec_tokens_to_schedule", "scheduled_spec_decode_tokens"),
+        why="carries K to the runner",
+    ),
+    touch(
+        "policy",
+        _SCHEDULER,
+        (
+            "dynamic_sd_lookup",
+            "max_model_len",
+            "num_lookahead_tokens",
+            "num_spec_tokens",
+            "requests",
+            "running",
+            "scheduler_config",
+            "vllm_config",
+            "waiting",
+        ),
+        why="read by the policy",
+    ),
+    touch(
+        "policy",
+        "vllm.v1.request:Request",
+        (
+            "is_finished",
+            "max_tokens",
+            "num_computed_tokens",
+            "num_output_placeholders",
+            "num_output_tokens",
+            "num_prompt_tokens",
+            "num_tokens",
+            "sampling_params",
+            "spec_token_ids",
+        ),
+        why="read by the policy",
+    ),
+    touch(
+        "policy",
+        "vllm.config.vllm:VllmConfig",
+        ("additional_config", "use_v2_model_runner"),
+        why="how users configure it",
+    ),
+)
+
+SAMPLING = (
+    touch(
+        "sampling",
+        "vllm.v1.engine.input_processor:InputProcessor",
+        ("speculative_config",),
+        why="cleared: it is read only to refuse requests",
+    ),
+    touch(
+        "sampling",
+        "vllm.v1.engine.input_processor:InputProcessor.__init__",
+        "self, vllm_config, ...",
+        why="wrapped",
+    ),
+    touch(
+        "sampling",
+        "vllm.v1.worker.gpu_model_runner:",
+        ("build_logitsprocs",),
+        why="wrapped: processors that vLLM leaves out when it speculates are loaded",
+    ),
+    touch(
+        "sampling",
+        "vllm.v1.sample.logits_processor:build_logitsprocs",
+        "vllm_config, device, is_pin_memory, is_pooling_model, custom_logitsprocs=",
+        why="wrapped",
+    ),
+    touch(
+        "sampling_cpu",
+        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        "x, cu_num_tokens, num_tokens, replace_from=, replace_to=",
+        why="probed for vllm#55005",
+    ),
+    touch(
+        "sampling_cpu",
+        "vllm.utils.cpu_triton_utils:_expand_kernel_impl",
+        "output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=",
+        why="replaced where the probe finds vllm#55005",
+    ),
+    touch(
+        "sampling_cpu",
+        "vllm.triton_utils.dispatcher:KernelOverride.__init__",
+        "self, kernel, impl",
+        why="what vLLM wraps a kernel's replacement on CPU in",
+        unfit_in=("0.24.0",),
+    ),
+)
+
+COUPLED = (
+    touch(
+        "coupled", f"{_RUNNER}._sample", "self, logits, spec_decode_metadata", why="wrapped: noise of a pass"
+    ),
+    touch(
+        "coupled",
+        "vllm.v1.sample.rejection_sampler:rejection_sample",
+        "draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits, "
+        "bonus_token_ids, sampling_metadata, ...",
+        why="wrapped: compares drafts with the target's choices",
+    ),
+    touch(
+        "coupled",
+        "vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
+        "self, metadata, draft_probs, logits, sampling_metadata",
+        why="processes the logits that are verified",
+    ),
+    touch(
+        "coupled",
+        "vllm.v1.sample.sampler:Sampler",
+        ("topk_topp_sampler",),
+        why="stood in for, so that plain and bonus rows draw with our noise",
+    ),
+    touch(
+        "coupled",
+        "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native",
+        "self, logits, generators, k, p",
+        why="stood in for",
+    ),
+    touch(
+        "coupled",
+        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
+        "logits, k, p, ...",
+        why="cuts the drafter's distribution as the target's",
+    ),
+    touch(
+        "coupled",
+        "vllm.v1.sample.metadata:SamplingMetadata",
+        ("all_greedy", "generators", "temperature", "top_k", "top_p"),
+        why="carries the noise in place of generators",
+    ),
+    touch(
+        "coupled",
+        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
+        ("cu_num_draft_tokens", "num_draft_tokens"),
+        why="which rows are verified",
+    ),
+    touch(
+        "coupled",
+        _RUNNER,
+        ("input_batch", "positions", "query_start_loc", "requests", "sampler"),
+        why="request and position of every row",
+    ),
+)
+
+WEIGHTS = (
+    *(
+        touch("weights", f"{_RELOAD}.layerwise:{name}", form, why="new weights in place, layer by layer")
+        for name, form in (
+            ("initialize_layerwise_reload", "model"),
+            ("finalize_layerwise_reload", "*args, **kwargs"),
+            ("finalize_layerwise_processing", "model, model_config"),
+            ("get_layerwise_info", "layer"),
+        )
+    ),
+    touch(
+        "weights",
+        f"{_RELOAD}.types:LayerReloadingInfo",
+        ("can_load", "load_numel", "load_numel_total", "loaded_weights"),
+        why="tells which layers lack weights",
+    ),
+    touch(
+        "weights",
+        f"{_LAYERS}.vocab_parallel_embedding:VocabParallelEmbedding",
+        ("embedding_dim", "shard_indices"),
+        why="rows that pad the vocabulary are never sent",
+    ),
+    touch("weights", f"{_RUNNER}.get_model", "self", why="the target"),
+    touch("weights", "vllm.v1.engine.llm_engine:LLMEngine.sleep", "self, level=, mode=", why="pauses"),
+    touch("weights", "vllm.v1.engine.llm_engine:LLMEngine.wake_up", "self, tags=", why="goes on"),
+    touch(
+        "weights",
+        "vllm.v1.engine.llm_engine:LLMEngine.collective_rpc",
+        "self, method, timeout=, args=, kwargs=",
+        why="reaches every worker",
+    ),
+    touch(
+        "weights",
+        "vllm.v1.engine.llm_engine:LLMEngine.reset_prefix_cache",
+        "self, reset_running_requests=, reset_connector=",
+        why="drops what the old weights computed",
+    ),
+    touch(
+        "weights",
+        "vllm.config.vllm:set_current_vllm_config",
+        "vllm_config, ...",
+        why="layers read it as they load",
+    ),
+    touch(
+        "weights",
+        "vllm.v1.worker.utils:AttentionGroup.get_metadata_builder",
+        "self, ubatch_id=",
+        why="plain passes, for the canary",
+    ),
+    touch(
+        "weights",
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
+        "self, common_prefix_len, common_attn_metadata, ...",
+        why="plain passes, for the canary",
+    ),
+    touch("weights", _RUNNER, ("attn_groups", "kv_cache_config"), why="plain passes, for the canary"),
+    touch("weights", f"{_RUNNER}.get_draft_model", "self", why="the drafter", unfit_in=("0.24.0",)),
+    touch(
+        "weights",
+        f"{_LAYERS}.attention:",
+        ("is_deferred_attention_layer",),
+        why="layers that come after all others",
+        unfit_in=("0.24.0",),
+    ),
+    touch(
+        "weights",
+        "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.reset_lora_state",
+        "self",
+        why="merged adapters follow new weights",
+        unfit_in=("0.24.0",),
+    ),
+)
+
+TOUCHES = (*DRAFTER, *DRAFTER_V2, *POLICY, *SAMPLING, *COUPLED, *WEIGHTS)

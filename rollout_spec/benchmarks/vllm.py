@@ -1,0 +1,155 @@
+"""The measurements behind `rollout-spec bench vllm`: the plugin against vLLM as it comes, on the same machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from rollout_spec.benchmarks.bootstrap import median_interval
+from rollout_spec.benchmarks.longtail import stratified
+from rollout_spec.example_policy import load_problems
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+_TOKENS_OF_WORK, _FEWEST, _MOST = 512, 24, 96
+_KV_BYTES, _MAX_LEN, _LONGEST = 1 << 30, 640, 512
+_NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+_DRAFT_LENGTHS = (3, 6)
+
+Lengths = Sequence[int]
+
+
+class VllmBenchmark:
+    """Engines that differ in how they speculate only: one cache size, one dtype, in one process, taking turns.
+
+    Attributes:
+        ratios: By name: median and interval of baseline time / plugin time, and the pairs.
+        notes: KV blocks of every engine, what the plugin decided.
+    """
+
+    def __init__(self, path: Path, pairs: int, seed: int, console: Console) -> None:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from rollout_spec.integrations.vllm.arguments import llm_arguments
+
+        self.path, self.pairs, self.seed, self.console = path, pairs, seed, console
+        self.ratios: dict[str, dict[str, Any]] = {}
+        self.notes: dict[str, Any] = {}
+        self._llm_arguments = llm_arguments
+        self._prompts = iter(load_problems().prompts(4096, seed, "test"))
+        self._engines: dict[str, Any] = {}
+
+    def never_slower(self) -> None:
+        """Plain vLLM against vLLM with the plugin, at every batch size."""
+        self._start_both()
+        for batch in BATCHES:
+            tokens = max(_FEWEST, min(_MOST, _TOKENS_OF_WORK // batch))
+            seconds = self._turns(("stock", "plugin"), lambda batch=batch: self._next(batch), [tokens] * batch)
+            self._record(f"never slower, B={batch}", seconds, ("stock",), 0.97, tokens=tokens)
+
+    def alternatives(self) -> None:
+        """One sequence, and long-tail rollouts, against vLLM's own ways to speculate."""
+        self._start_both()
+        self._start("stock ngram", {"speculative_config": _NGRAM})
+        for length in _DRAFT_LENGTHS:
+            own = {
+                "method": "draft_model",
+                "model": str(self.path),
+                "quantization": "rollout_spec_nf4",
+                "num_speculative_tokens": length,
+                "draft_sample_method": "probabilistic",
+            }
+            self._start(f"stock draft_model K={length}", {"speculative_config": own})
+        names = tuple(self._engines)
+        others = tuple(name for name in names if name != "plugin")
+        seconds = self._turns(names, lambda: self._next(1), [_MOST * 2])
+        self._record("B=1", seconds, others, 1.0)
+        for batch in (8, 32):
+            prompts = stratified(batch, self.pairs + 1, self.seed)
+            lengths = self._lengths(prompts[:batch])
+            drawn = iter(prompts[row : row + batch] for row in range(0, len(prompts), batch))
+            seconds = self._turns(names, lambda drawn=drawn: next(drawn), lengths)
+            self._record(f"long tail, {batch} sequences", seconds, others, 1.0, lengths=lengths)
+
+    # --- the parts -------------------------------------------------------------------------------------
+
+    def _start_both(self) -> None:
+        self._start("stock", {})
+        self._start("plugin", self._llm_arguments(str(self.path), {"drafter": "nf4"}))
+
+    def _start(self, name: str, arguments: Mapping[str, Any]) -> None:
+        from vllm import LLM
+
+        if name in self._engines:
+            return
+        with self.console.status(f"starting {name}"):
+            engine = LLM(
+                **{"model": str(self.path)} | dict(arguments),
+                dtype="bfloat16",
+                enforce_eager=True,
+                max_model_len=_MAX_LEN,
+                max_num_seqs=max(BATCHES),
+                kv_cache_memory_bytes=_KV_BYTES,
+                enable_prefix_caching=False,
+                disable_log_stats=True,
+                seed=self.seed,
+            )
+        self._engines[name] = engine
+        blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        self.notes.setdefault("kv_blocks", {})[name] = blocks
+
+    def _next(self, batch: int) -> list[str]:
+        return [next(self._prompts) for _ in range(batch)]
+
+    def _lengths(self, prompts: Sequence[str]) -> list[int]:
+        """Output lengths of the policy's own answers; every engine then emits just as many tokens."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=1.0, max_tokens=_LONGEST, seed=self.seed)
+        outputs = self._engines["stock"].generate(list(prompts), params, use_tqdm=False)
+        return [len(output.outputs[0].token_ids) for output in outputs]
+
+    def _run(self, name: str, prompts: Sequence[str], lengths: Lengths) -> float:
+        from vllm import SamplingParams
+
+        params = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True) for n in lengths]
+        start = time.perf_counter()
+        self._engines[name].generate(list(prompts), params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    def _turns(
+        self, names: Sequence[str], draw: Callable[[], list[str]], lengths: Lengths
+    ) -> dict[str, np.ndarray]:
+        """Seconds of every engine on the same prompts, which are drawn anew each round; the first does not count."""
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(self.pairs + 1):
+            prompts = draw()
+            for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
+                with self.console.status(f"{name}, {len(prompts)} sequences, round {turn} of {self.pairs}"):
+                    taken = self._run(name, prompts, lengths)
+                if turn:
+                    seconds[name].append(taken)
+        return {name: np.array(taken) for name, taken in seconds.items()}
+
+    def _record(
+        self, part: str, seconds: Mapping[str, np.ndarray], others: Sequence[str], target: float, **notes: Any
+    ) -> None:
+        for other in others:
+            ratios = seconds[other] / seconds["plugin"]
+            low, high = median_interval(ratios.tolist(), level=0.90)  # low: the one-sided 95 % bound
+            name = f"{part}, {other}"
+            self.ratios[name] = {
+                "median_ratio": round(float(np.median(ratios)), 4),
+                "lower_95": round(low, 4),
+                "upper_95": round(high, 4),
+                "target": target,
+                "pairs": self.pairs,
+                "seconds": [round(float(np.median(seconds[x])), 4) for x in (other, "plugin")],
+                **notes,
+            }
+            self.console.print(f"{name}: {np.median(ratios):.3f} ({low:.3f}-{high:.3f})", highlight=False)

@@ -1,0 +1,203 @@
+"""Between vLLM's scheduler and a policy, and costs measured while serving; no vLLM runs here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rollout_spec.integrations.vllm.decisions import WATCH_TOKENS, Decision, Decisions, Live, Verified
+from rollout_spec.integrations.vllm.online_calibration import STEPS, SelfCalibrating, StepTiming
+from rollout_spec.policy.automatic import AutomaticPolicy
+from rollout_spec.policy.baselines import Fixed, Off, RandomLengths, Stateless
+from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
+from rollout_spec.policy.records import PassTiming, Plan, Reason, StepOutcome, StepState
+
+
+class Recording(Stateless):
+    """Fixed(4) that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.states: list[StepState] = []
+        self.told: list[tuple[StepState, Plan, StepOutcome]] = []
+        self.forgotten: list[int] = []
+
+    def plan(self, state: StepState) -> Plan:
+        self.states.append(state)
+        return Fixed(4).plan(state)
+
+    def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
+        self.told.append((state, plan, outcome))
+
+    def forget(self, slots: np.ndarray) -> None:
+        self.forgotten += slots.tolist()
+
+
+def live(*names: str, allowed: int = 50) -> list[Live]:
+    return [Live(name, 30, 10, allowed) for name in names]
+
+
+def test_a_request_keeps_its_slot_until_it_is_gone() -> None:
+    policy = Recording()
+    decisions = Decisions(policy, "nf4", range(5))
+    before = decisions.decide(live("a", "b", "c"), 0)
+    assert before.draft_length == 4 and policy.states[0].slots.tolist() == [0, 1, 2]
+    now = decisions.decide(live("c", "a", "d"), 0)
+    assert policy.states[1].slots.tolist() == [2, 0, 3]
+    decisions.observe(before, now, [Verified("b", 4, 2, True), Verified("c", 4, 5, False)], 0.01, True)
+    assert policy.forgotten == [1]
+    decisions.decide(live("e", "a"), 0)
+    assert policy.states[2].slots.tolist() == [1, 0]
+    decisions.forget_others(["a"])
+    assert sorted(policy.forgotten) == [1, 1, 2, 3]
+
+
+def test_the_policy_hears_of_the_pass_it_planned() -> None:
+    """The plan made when a step was scheduled meets what the next step verified, in that step's order."""
+    policy = Recording()
+    decisions = Decisions(policy, "nf4", range(5))
+    first = decisions.decide(live("a", "b"), 0)
+    second = decisions.decide(live("b", "a", "new"), 0)
+    decisions.observe(first, second, [Verified("b", 4, 1, False), Verified("a", 3, 4, True)], 0.02, True)
+    (state, plan, outcome), *more = policy.told
+    assert not more and state.slots.tolist() == [1, 0]
+    assert plan.draft_lengths.tolist() == [4, 3] and plan.drafter == "nf4"
+    assert outcome.accepted.tolist() == [0, 3] and outcome.emitted.tolist() == [1, 4]
+    assert outcome.finished.tolist() == [False, True]
+    assert outcome.seconds == pytest.approx(0.02)
+
+
+def test_steps_that_did_something_else_teach_nothing() -> None:
+    policy = Recording()
+    decisions = Decisions(policy, "nf4", range(5))
+    first = decisions.decide(live("a"), 0)
+    decisions.observe(first, Decision(0), [Verified("a", 4, 5, False)], 0.5, False)
+    decisions.observe(first, Decision(0), [Verified("a", 4, 5, False), Verified("x", 4, 5, False)], 0.5, True)
+    assert not policy.told
+
+
+def test_k_is_one_that_the_runner_has_graphs_for() -> None:
+    decisions = Decisions(Fixed(5), "nf4", [8, 4, 1])
+    assert decisions.decide(live("a"), 0).draft_length == 4
+    assert decisions.decide(live("a", allowed=4), 0).draft_length == 1
+    assert decisions.decide(live("a", allowed=1), 0).draft_length == 0
+    assert decisions.decide([], 0) == Decision(0)
+    assert decisions.reasons == {Reason.FIXED: 2, Reason.LAST_TOKEN: 1}
+    assert decisions.draft_lengths == {4: 1, 1: 1, 0: 1}
+
+
+def test_nobody_to_draft() -> None:
+    decisions = Decisions(Fixed(4), None, range(5))
+    assert decisions.decide(live("a"), 0).draft_length == 0
+    assert decisions.reasons == {Reason.NO_DRAFTER: 1}
+
+
+@pytest.mark.parametrize(("emitted", "aside"), [(1, True), (2, False)])
+def test_a_drafter_that_is_hardly_accepted_is_set_aside(
+    emitted: int, aside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    decisions = Decisions(Fixed(4), "nf4", range(5), least_acceptance=0.3)
+    for _ in range(WATCH_TOKENS + 1):
+        before = decisions.decide(live("a"), 0)
+        decisions.observe(before, before, [Verified("a", 4, emitted, False)], 0.01, True)
+    assert (decisions.set_aside is not None) is aside
+    assert len([x for x in caplog.records if "drafter set aside" in x.message]) == aside
+    assert decisions.decide(live("a"), 0).draft_length == (0 if aside else 4)
+    decisions.after_update()
+    assert decisions.set_aside is None and decisions.decide(live("a"), 0).draft_length == 4
+
+
+# --- costs ---------------------------------------------------------------------------------------------------------
+
+TRUE = CostModel(
+    {
+        TARGET: PassCost(2e-3, 1e-5, 1e-3, 2e-5, 1e-8),
+        "nf4": PassCost(5e-4, 1e-5, 3e-4, 1e-5, 1e-8),
+    }
+)
+
+
+def true_seconds(batch: int, verified: int, drafting: int, kv_tokens: int) -> float:
+    return TRUE.target(batch, batch + verified, kv_tokens) + drafting * TRUE.draft("nf4", batch, kv_tokens)
+
+
+def make(costs: CostModel) -> AutomaticPolicy:
+    return AutomaticPolicy(costs, longest=8, ragged=False)
+
+
+def run(decisions: Decisions, batch: int, steps: int, noise: float = 0.0, seed: int = 0) -> list[int]:
+    """Requests that never end, drafts accepted with 0.9 each; K of every step."""
+    rng = np.random.default_rng(seed)
+    chosen, before, length = [], Decision(0), 100
+    for _ in range(steps):
+        now = decisions.decide([Live(f"r{batch}.{i}", length, 50, 10_000) for i in range(batch)], 0)
+        drafted = before.draft_length
+        accepted = [next((j for j in range(drafted) if rng.random() > 0.9), drafted) for _ in range(batch)]
+        verified = [Verified(f"r{batch}.{i}", drafted, 1 + n, False) for i, n in enumerate(accepted)]
+        seconds = true_seconds(batch, batch * drafted, now.draft_length, batch * length)
+        seconds *= float(np.exp(noise * rng.standard_normal()))
+        decisions.observe(before, now, verified, seconds, True)
+        chosen.append(now.draft_length)
+        before = now
+    return chosen
+
+
+def test_the_first_steps_measure_what_the_costs_are() -> None:
+    kept: list[list[PassTiming]] = []
+    calibrating = SelfCalibrating("nf4", make, 8, keep=lambda timings: kept.append(list(timings)))
+    chosen = run(Decisions(calibrating, "nf4", range(9)), 4, STEPS + 30)
+    assert chosen[:8] == [0, 0, 4, 4, 0, 0, 4, 4]
+    assert calibrating.policy is not None and len(kept) == 1
+    for timing in kept[0]:
+        rows = timing.rows if timing.kind == TARGET else timing.batch
+        assert timing.seconds == pytest.approx(
+            TRUE.passes[timing.kind].seconds(4, rows, timing.kv_tokens), rel=0.02
+        )
+    assert [(x.kind, x.batch, x.rows) for x in kept[0]] == [(TARGET, 4, 4), (TARGET, 4, 20), ("nf4", 4, 4)]
+    assert set(chosen[-20:]) - {0}  # and then it drafts, which pays in this world
+
+
+def test_each_range_of_batches_is_measured_once_and_kept() -> None:
+    calibrating = SelfCalibrating("nf4", make, 8)
+    decisions = Decisions(calibrating, "nf4", range(9))
+    for batch in (1, 4, 16):
+        run(decisions, batch, STEPS + 5)
+    assert sorted({x.batch for x in calibrating.timings}) == [1, 4, 16]
+    again = SelfCalibrating("nf4", make, 8, calibrating.timings)
+    assert Reason.EXPLORE not in {again.plan(state(5)).reason for _ in range(3)}
+    assert again.plan(state(200)).reason == Reason.EXPLORE
+
+
+def state(batch: int, drafters: tuple[str, ...] = ("nf4",)) -> StepState:
+    ones = np.ones(batch, np.int64)
+    return StepState(np.arange(batch), ones * 100, ones * 50, ones * 1000, drafters)
+
+
+def test_nothing_is_learnt_before_every_kind_of_step_was_seen() -> None:
+    calibrating = SelfCalibrating("nf4", make, 8)
+    for _ in range(3 * STEPS):
+        calibrating.observe_step(StepTiming(4, 0, 0, 400, 0.003))
+    assert calibrating.policy is None and not calibrating.timings
+    assert calibrating.plan(state(4, ())).reason == Reason.NO_DRAFTER
+
+
+def test_whole_steps_are_enough_to_correct_both_costs() -> None:
+    """Calibrated costs that are wrong in opposite directions come right, though only whole steps are timed."""
+    wrong = CostModel(
+        {
+            TARGET: PassCost(3e-3, 1e-5, 1.5e-3, 3e-5, 1e-8),
+            "nf4": PassCost(2.5e-4, 1e-5, 1.5e-4, 5e-6, 1e-8),
+        }
+    )
+    policy = make(wrong)
+    decisions = Decisions(policy, "nf4", range(9))
+    planner = RandomLengths(0, longest=8, off=0.3)
+    policy.plan = planner.plan  # type: ignore[method-assign]
+    run(decisions, 4, 1500, noise=0.05)
+    for rows in (4, 20, 36):
+        assert policy.costs.target(4, rows, 400) == pytest.approx(TRUE.target(4, rows, 400), rel=0.15)
+    assert policy.costs.draft("nf4", 4, 400) == pytest.approx(TRUE.draft("nf4", 4, 400), rel=0.15)
+
+
+def test_off_asks_nobody() -> None:
+    decisions = Decisions(Off(), "nf4", range(5))
+    assert set(run(decisions, 4, 20)) == {0} and decisions.reasons == {Reason.OFF: 20}
