@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class VllmBenchmark:
         self._start_both()
         for batch in BATCHES:
             tokens = max(_FEWEST, min(_MOST, _TOKENS_OF_WORK // batch))
-            seconds = self._turns(("stock", "plugin"), lambda batch=batch: self._next(batch), [tokens] * batch)
+            prompts = [self._next(batch) for _ in range(self.pairs + 1)]
+            seconds = self._turns(("stock", "plugin"), prompts, [tokens] * batch)
             self._record(f"never slower, B={batch}", seconds, ("stock",), 0.97, tokens=tokens)
 
     def alternatives(self) -> None:
@@ -67,13 +68,14 @@ class VllmBenchmark:
             self._start(f"stock draft_model K={length}", {"speculative_config": own})
         names = tuple(self._engines)
         others = tuple(name for name in names if name != "plugin")
-        seconds = self._turns(names, lambda: self._next(1), [_MOST * 2])
+        rounds = [self._next(1) for _ in range(self.pairs + 1)]
+        seconds = self._turns(names, rounds, [_MOST * 2])
         self._record("B=1", seconds, others, 1.0)
         for batch in (8, 32):
             prompts = stratified(batch, self.pairs + 1, self.seed)
             lengths = self._lengths(prompts[:batch])
-            drawn = iter(prompts[row : row + batch] for row in range(0, len(prompts), batch))
-            seconds = self._turns(names, lambda drawn=drawn: next(drawn), lengths)
+            rounds = [prompts[row : row + batch] for row in range(0, len(prompts), batch)]
+            seconds = self._turns(names, rounds, lengths)
             self._record(f"long tail, {batch} sequences", seconds, others, 1.0, lengths=lengths)
 
     # --- the parts -------------------------------------------------------------------------------------
@@ -123,12 +125,11 @@ class VllmBenchmark:
         return time.perf_counter() - start
 
     def _turns(
-        self, names: Sequence[str], draw: Callable[[], list[str]], lengths: Lengths
+        self, names: Sequence[str], rounds: Sequence[Sequence[str]], lengths: Lengths
     ) -> dict[str, np.ndarray]:
-        """Seconds of every engine on the same prompts, which are drawn anew each round; the first does not count."""
+        """Seconds of every engine, on the prompts of each round; the first round does not count."""
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(self.pairs + 1):
-            prompts = draw()
+        for turn, prompts in enumerate(rounds):
             for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
                 with self.console.status(f"{name}, {len(prompts)} sequences, round {turn} of {self.pairs}"):
                     taken = self._run(name, prompts, lengths)

@@ -189,7 +189,9 @@ def vllm(size: str, pairs: int, only: str | None, seed: int, json_path: Path | N
     if only != "never-slower":
         benchmark.alternatives()
     checks = [
-        Check(f"{name}, lower bound", row["lower_95"], f">= {row['target']}", row["lower_95"] >= row["target"])
+        Check(
+            f"{name}, lower bound", row["lower_95"], f">= {row['target']}", row["lower_95"] >= row["target"]
+        )
         for name, row in benchmark.ratios.items()
     ]
     results = {
