@@ -281,6 +281,16 @@ def test_missing_bitsandbytes_is_reported(monkeypatch):
     assert "pip install bitsandbytes" in QUANTIZERS["nf4"].unavailable("cpu", torch.float32)
 
 
+def test_a_trial_does_not_depend_on_the_default_dtype():
+    """vLLM loads models with the default dtype set to the model's."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        base._probe.cache_clear()
+        assert QUANTIZERS["dense"].unavailable("cpu", torch.bfloat16) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_kernel_that_computes_something_else_is_unavailable(monkeypatch):
     class Wrong(type(QUANTIZERS["dense"])):
         def quantize(self, weight, bias=None):

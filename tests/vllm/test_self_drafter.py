@@ -371,6 +371,15 @@ def test_engine_in_another_process(stock: dict[str, Any], tmp_path: Path) -> Non
     assert result["vllm:spec_decode_num_accepted_tokens"] > 0.6 * drafted > 30
 
 
+def test_bfloat16_as_it_is_served(engines: Engines) -> None:
+    """vLLM builds a model under its own default dtype."""
+    engine = engines(**SPECULATING, dtype="bfloat16")
+    engine.scheduler.decisions.policy = Fixed(4)
+    engine.generate(SHORT, 64)
+    drafted, accepted = engine.counters()
+    assert accepted > 0.7 * drafted > 0
+
+
 def test_sliding_window_is_refused_at_start(engines: Engines) -> None:
     engines.close()
     overrides = {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 4}

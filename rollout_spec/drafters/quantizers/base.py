@@ -129,8 +129,8 @@ def _one_thread() -> Iterator[None]:
 @cache
 def _probe(quantizer: Quantizer, device: torch.device, dtype: torch.dtype) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 192, generator=generator)
-    x = torch.randn(3, 192, generator=generator).to(dtype)
+    weight = torch.randn(96, 192, generator=generator, dtype=torch.float32)
+    x = torch.randn(3, 192, generator=generator, dtype=torch.float32).to(dtype)
     try:
         y = quantizer.quantize(weight.to(device, dtype))(x.to(device)).float().cpu()
     except Exception as error:
