@@ -27,9 +27,10 @@ test-integration: ## Run the tests that start vLLM, verl or Ray
 	@if grep -rqE "mark\.integration" tests; then $(MAKE) --no-print-directory .integration; \
 	else echo "test-integration: there are no integration tests yet"; fi
 
-# Workers of vLLM and Ray can hang instead of failing, hence the limit in seconds.
+# Workers of vLLM and Ray can hang instead of failing, hence the limit in seconds. One thread, from the start: set
+# later, the threads of a process would disagree, which vLLM's attention on CPU refuses.
 .integration: $(FULL_VENV)/.installed
-	@timeout --kill-after=30 $(INTEGRATION_LIMIT) $(FULL_VENV)/bin/python -m pytest -m integration $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 timeout --kill-after=30 $(INTEGRATION_LIMIT) $(FULL_VENV)/bin/python -m pytest -m integration $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## Check style, layout and types
 	@$(VENV)/bin/ruff check .

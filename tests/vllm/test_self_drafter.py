@@ -364,7 +364,8 @@ if __name__ == "__main__":
 
 def test_engine_in_another_process(stock: dict[str, Any], tmp_path: Path) -> None:
     """Scheduler, worker and caller are three processes, and all get the plugin through vLLM's own arguments."""
-    given = {"options": SMALL | SPECULATING, "prompts": SHORT}
+    fixed = llm_arguments(POLICY, {"drafter": "nf4", "draft_length": 4})
+    given = {"options": SMALL | fixed, "prompts": SHORT}
     result = run_apart(MULTIPROCESS, given, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert result["tokens"] == stock["short"]
     drafted = result["vllm:spec_decode_num_draft_tokens"]
