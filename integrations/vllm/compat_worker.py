@@ -34,8 +34,15 @@ def attached_policy(runner: Any) -> WorkerPolicy | None:
     return policy
 
 
-def watch_drafting(runner: Any, allowed: Callable[[], bool], failed: Callable[[Exception], None]) -> None:
+def watch_drafting(
+    runner: Any,
+    allowed: Callable[[], bool],
+    failed: Callable[[Exception], None],
+    told: Callable[[dict[str, Any]], None],
+) -> None:
     """Draft nothing where `allowed` says no, or where the drafter raises, which `failed` is told.
+
+    `told` gets the scheduler's figures of every step, which travel with its output.
 
     vLLM lets an exception in a drafter end the engine. Wraps the method of this one runner; `K = 0` in the scheduler's
     output is vLLM's own way to say that nothing is to be drafted.
@@ -45,6 +52,9 @@ def watch_drafting(runner: Any, allowed: Callable[[], bool], failed: Callable[[E
     propose = runner.propose_draft_token_ids
 
     def watched(scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        figures = getattr(scheduler_output, "rollout_spec", None)
+        if figures is not None:
+            told(figures)
         if allowed():
             try:
                 return propose(scheduler_output, *args, **options)

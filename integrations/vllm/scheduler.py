@@ -19,6 +19,7 @@ from rollout_spec.contracts import invalid
 from rollout_spec.integrations.vllm.choose_policy import choose_policy, drafter_name
 from rollout_spec.integrations.vllm.decisions import Decision, Decisions, Live, Verified
 from rollout_spec.integrations.vllm.fit import check_fit
+from rollout_spec.integrations.vllm.metrics import SchedulerMetrics, set_aside
 from rollout_spec.integrations.vllm.options import KEY, options_of
 from rollout_spec.integrations.vllm.refusals import refuse_data_parallel
 from rollout_spec.integrations.vllm.sampling import may_draft
@@ -77,6 +78,7 @@ class PolicyScheduler(Scheduler):
             lengths,
             0.0 if speculative is None or "ngram" in speculative.method else options.canary_min_acceptance,
         )
+        self._metrics = SchedulerMetrics(vllm_config, self.kv_cache_config)
         self._decided = Decision(0)
         self._steps: deque[_Step] = deque()
         self._ended = 0.0
@@ -89,6 +91,7 @@ class PolicyScheduler(Scheduler):
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         before, self._decided = self._decided, self._decide(scheduler_output)
         scheduler_output.num_spec_tokens_to_schedule = self._decided.draft_length
+        scheduler_output.rollout_spec = self.figures()  # so that `rollout_spec_state` can tell from outside
         self._steps.append(_Step(scheduler_output, before, self._decided, self._began))
         super()._update_after_schedule(scheduler_output)
 
@@ -108,7 +111,19 @@ class PolicyScheduler(Scheduler):
         self.decisions.forget_others(self.requests)
         if not any(may_draft(self, self.requests[one.request]) for one in live):
             return Decision(0)
-        return self.decisions.decide(live, len(self.waiting))
+        decision = self.decisions.decide(live, len(self.waiting))
+        if decision.plan is not None:
+            self._metrics.decided(decision.plan.reason, decision.draft_length)
+        return decision
+
+    def figures(self) -> dict[str, Any]:
+        """What was decided so far, as plain values: see `WorkerExtension.rollout_spec_state`."""
+        return {
+            "reasons": {reason.value: steps for reason, steps in self.decisions.reasons.items()},
+            "draft_lengths": dict(self.decisions.draft_lengths),
+            "set_aside": self.decisions.set_aside,
+            "drafter_kv_blocks": self._metrics.kv_blocks,
+        }
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         tokens, row = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
@@ -136,10 +151,13 @@ class PolicyScheduler(Scheduler):
             verified.append(Verified(request_id, drafted, emitted, finished))
         if verified:
             self.decisions.observe(step.before, step.now, verified, seconds, clean)
+            if self.decisions.set_aside is not None:
+                set_aside(self.vllm_config, "scheduler", True)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """As vLLM's. Every weight update ends with it, so what was learnt of the drafter counts less from here on."""
         self.decisions.after_update()
+        set_aside(self.vllm_config, "scheduler", False)
         return super().reset_prefix_cache(*args, **kwargs)
 
 

@@ -21,6 +21,8 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from rollout_spec.integrations.vllm.hidden_states import offer
+from rollout_spec.integrations.vllm.metrics import set_aside
 from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
 from rollout_spec.integrations.vllm.refusals import check_layers, refuse
 
@@ -111,6 +113,14 @@ class SelfDrafter(StockOrSelfDrafter):
         slot_mappings: Any = None,
     ) -> Tensor:
         """Draft for every request: tokens int64 [B, K]; K = 0 runs nothing, and K is 0 once the drafter failed."""
+        offer(
+            self.runner,
+            target_token_ids,
+            target_positions,
+            target_hidden_states,
+            common_attn_metadata,
+            num_rejected_tokens_gpu,
+        )
         self._last_draft_probs = None
         batch = common_attn_metadata.batch_size()
         last = token_indices_to_sample
@@ -178,6 +188,7 @@ class SelfDrafter(StockOrSelfDrafter):
     def _fail(self, why: str, error: Exception | None = None) -> None:
         if self.set_aside is None:
             self.set_aside = why
+            set_aside(self.vllm_config, "worker", True)
             logger.error(
                 "the self-drafter is set aside: %s; decoding plainly from now on", why, exc_info=error
             )

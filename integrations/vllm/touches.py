@@ -17,12 +17,14 @@ PARTS = {
     "sampling": "requests whose parameters vLLM refuses beside speculation",
     "sampling_cpu": "speculation at temperature > 0 on CPU (vllm#55005)",
     "coupled": "coupled verification",
+    "hidden_states": "hidden states of the target, for training a drafter",
     "weights": "update_weights, the canary and plain passes",
 }
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _LAYERS = "vllm.model_executor.layers"
+_PROPOSER = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 _RELOAD = "vllm.model_executor.model_loader.reload"
 
 POLICY = (
@@ -107,6 +109,55 @@ POLICY = (
         "vllm.config.vllm:VllmConfig",
         ("additional_config", "use_v2_model_runner"),
         why="how users configure it",
+    ),
+    touch("policy", _SCHEDULER, ("kv_cache_config",), why="metrics: blocks spent on the drafter"),
+    touch(
+        "policy",
+        "vllm.v1.kv_cache_interface:KVCacheConfig",
+        ("kv_cache_groups", "num_blocks"),
+        why="metrics: blocks spent on the drafter",
+    ),
+    touch(
+        "policy",
+        "vllm.v1.kv_cache_interface:KVCacheGroupSpec",
+        ("kv_cache_spec", "layer_names"),
+        why="metrics: blocks spent on the drafter",
+    ),
+    touch(
+        "policy",
+        "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
+        ("kv_cache_specs",),
+        why="metrics: blocks spent on the drafter",
+    ),
+    touch(
+        "policy",
+        "vllm.v1.kv_cache_interface:KVCacheSpec",
+        ("page_size_bytes",),
+        why="metrics: blocks spent on the drafter",
+    ),
+)
+
+HIDDEN_STATES = (
+    touch(
+        "hidden_states",
+        f"{_PROPOSER}.__init__",
+        "self, vllm_config, device, pass_hidden_states_to_model, runner=",
+        why="wrapped: keeps the runner",
+    ),
+    touch(
+        "hidden_states",
+        f"{_PROPOSER}.propose",
+        "self, num_speculative_tokens, target_token_ids, target_positions, target_hidden_states, next_token_ids, "
+        "token_indices_to_sample, common_attn_metadata, sampling_metadata, mm_embed_inputs=, "
+        "num_rejected_tokens_gpu=, slot_mappings=",
+        why="wrapped: sees what the target computed",
+    ),
+    touch("hidden_states", _RUNNER, ("input_batch",), why="requests of the rows"),
+    touch(
+        "hidden_states",
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        ("batch_size", "query_start_loc"),
+        why="rows of each request",
     ),
 )
 
@@ -284,4 +335,4 @@ WEIGHTS = (
     ),
 )
 
-TOUCHES = (*DRAFTER, *DRAFTER_V2, *POLICY, *SAMPLING, *COUPLED, *WEIGHTS)
+TOUCHES = (*DRAFTER, *DRAFTER_V2, *POLICY, *SAMPLING, *COUPLED, *HIDDEN_STATES, *WEIGHTS)

@@ -7,6 +7,7 @@ and so comes to the same decisions.
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from rollout_spec.config import SpeculationConfig
-from rollout_spec.contracts import WeightError
+from rollout_spec.contracts import WeightError, invalid
 from rollout_spec.drafters.guard import DrafterGuard
 from rollout_spec.integrations.vllm import compat_worker as compat
+from rollout_spec.integrations.vllm.hidden_states import Callback, capture
+from rollout_spec.integrations.vllm.metrics import set_aside, set_versions
 from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
 from rollout_spec.integrations.vllm.weights import read_shared_file
 
@@ -42,6 +45,7 @@ class WorkerPolicy:
         drafter: The drafter, None without one. A drafter that is not a copy of the policy keeps its version; only
             its acceptance is judged.
         follows: Whether the drafter is a copy of the policy, which every update makes anew.
+        decisions: What the scheduler had decided at the last step: see `PolicyScheduler.figures`.
         quantize_seconds: What the drafter's part of the update under way has taken.
     """
 
@@ -50,6 +54,7 @@ class WorkerPolicy:
     follows: bool
     guard: DrafterGuard
     whole: bool = True
+    decisions: dict[str, Any] = field(default_factory=dict)
     quantize_seconds: float = 0.0
     loading: list[nn.Module] = field(default_factory=list)
 
@@ -82,22 +87,49 @@ class WorkerExtension:
             compat.watch_drafting(
                 self.model_runner,
                 lambda: policy.drafts,
-                lambda error: guard.failed(drafter, error),
+                self._rollout_spec_failed,
+                lambda figures: setattr(policy, "decisions", figures),
             )
+        self._rollout_spec_publish()
 
     def rollout_spec_state(self) -> dict[str, Any]:
-        """Versions, the guard's reports and the canary's finding, as plain values."""
+        """Versions, the guard's reports, the canary's finding and the scheduler's decisions, as plain values.
+
+        Of `decisions` there is nothing before the first step after the first call, and nothing without a drafter.
+        """
         policy = self._rollout_spec_policy()
         drafter = policy.drafter
+        reports = [asdict(report) for report in policy.guard.reports]
+        broken = getattr(getattr(self.model_runner, "drafter", None), "set_aside", None)
+        if broken is not None:
+            message = (
+                f"the self-drafter is set aside: {broken}; decoding plainly until the next weight update"
+            )
+            cause = "raised" if broken.startswith("it raised") else "nan"
+            reports.append({"cause": cause, "message": message, "version": policy.version})
         return {
             "version": policy.version,
             "whole": policy.whole,
             "drafter": None if drafter is None else drafter.name,
             "drafter_version": None if drafter is None else drafter.version,
-            "drafts": policy.drafts,
-            "reports": [asdict(report) for report in policy.guard.reports],
+            "drafts": policy.drafts and broken is None,
+            "reports": reports,
+            "decisions": policy.decisions,
             "canary_acceptance": policy.guard.canary_acceptance,
         }
+
+    def rollout_spec_capture(self, function: str) -> None:
+        """Give `module:function`, importable here, the hidden states of every step: see `hidden_states.capture`.
+
+        Raises:
+            InvalidRequest: There is no such function.
+        """
+        module, _, name = function.partition(":")
+        try:
+            callback: Callback = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise invalid("function", function, "give module:function, importable in the workers") from error
+        capture(callback)
 
     # --- new weights -----------------------------------------------------------------------------------
 
@@ -147,6 +179,7 @@ class WorkerExtension:
         self.model_runner.reset_lora_state()
         policy.version, policy.whole, policy.loading = version, True, []
         self._rollout_spec_judge(contexts)
+        self._rollout_spec_publish()
         return {"quantize_seconds": policy.quantize_seconds} | self.rollout_spec_state()
 
     def rollout_spec_abandon_update(self) -> None:
@@ -176,6 +209,19 @@ class WorkerExtension:
         model = self.model_runner.get_draft_model() if drafter else self.model_runner.get_model()
         logits = compat.plain_pass(self.model_runner, self.vllm_config, model, tokens)
         return None if logits is None else logits.float()
+
+    def _rollout_spec_failed(self, error: Exception) -> None:
+        policy = self._rollout_spec_policy()
+        assert policy.drafter is not None
+        policy.guard.failed(policy.drafter, error)
+        self._rollout_spec_publish()
+
+    def _rollout_spec_publish(self) -> None:
+        """Let Prometheus know."""
+        policy = self._rollout_spec_policy()
+        drafter = policy.drafter
+        set_versions(self.vllm_config, policy.version, None if drafter is None else drafter.version)
+        set_aside(self.vllm_config, "worker", drafter is not None and not policy.drafts)
 
     def _rollout_spec_judge(self, contexts: Sequence[Sequence[int]]) -> None:
         policy = self._rollout_spec_policy()

@@ -299,12 +299,17 @@ class VllmBackend:
         """What `EngineStats` says of a backend."""
         state = states(self.engine)[0]
         seen = self._watch
+        reports = tuple(DrafterReport(**report) for report in state["reports"])
+        set_aside = self._set_aside_by_scheduler(state)
+        if set_aside is not None:
+            message = f"{set_aside}; decoding plainly until the next weight update"
+            reports = (*reports, DrafterReport("low-acceptance", message, self.weights.version))
         return {
             "version": self.weights.version,
             "verifier": "coupled" if self.coupled else "rejection",
             "exactness": "E1" if self.coupled else "E0",
-            "drafter": state["drafter"] if state["drafts"] else None,
-            "reports": tuple(DrafterReport(**report) for report in state["reports"]),
+            "drafter": state["drafter"] if state["drafts"] and set_aside is None else None,
+            "reports": reports,
             "calibration": None,
             "canary_acceptance": state["canary_acceptance"],
             "live": min(seen.running, len(self._in_flight)),
@@ -316,6 +321,14 @@ class VllmBackend:
             "spec": SpecCounts(seen.drafted, seen.accepted, seen.drafts, self._plain_steps()),
             "times": StepTimes(**vars(self.times)),
         }
+
+    def _set_aside_by_scheduler(self, state: dict[str, Any]) -> str | None:
+        """Why it no longer plans with the drafter; from a process of its own, as of the last step's start."""
+        if compat.shares_process(self.engine):
+            found: str | None = compat.scheduler(self.engine).decisions.set_aside
+        else:
+            found = state["decisions"].get("set_aside")
+        return found
 
     def _plain_steps(self) -> int:
         seen = self._watch

@@ -221,3 +221,29 @@ def test_sleep_pauses_and_keeps_what_is_in_flight(engine, drawn, prompts) -> Non
 def test_options_that_vllm_cannot_honour_are_refused(options, message) -> None:
     with pytest.raises(InvalidRequest, match=message):
         vllm_engine(**options)
+
+
+def test_a_drafter_set_aside_is_reported(engine, prompts) -> None:
+    """By the scheduler, for low acceptance, and by the drafter itself."""
+    from rollout_spec.integrations.vllm.compat_worker import model_runner, scheduler
+
+    served = engine.backend.engine
+    before, decisions = engine.stats(), scheduler(served).decisions
+    assert before.drafter == "nf4" and before.reports == ()
+    decisions.least_acceptance, kept = 1.0, decisions.least_acceptance
+    sampled = SamplingParams(max_tokens=48, temperature=2.0, ignore_eos=True)
+    try:
+        for _ in range(6):
+            engine.generate(prompts, sampled, n=4)
+        stats = engine.stats()
+        assert stats.drafter is None and [x.cause for x in stats.reports] == ["low-acceptance"]
+        assert "canary_min_acceptance=1.0" in stats.reports[0].message
+    finally:
+        decisions.least_acceptance = kept
+        decisions.after_update()
+    drafter = model_runner(served).drafter
+    drafter._fail("its logits were not finite")
+    stats = engine.stats()
+    assert stats.drafter is None and [x.cause for x in stats.reports] == ["nan"]
+    drafter.revive()
+    assert engine.stats().drafter == "nf4" and engine.stats().reports == ()

@@ -1,0 +1,132 @@
+"""Hidden states of the target, taken while vLLM decodes: what a trained drafter learns from, without a further pass.
+
+vLLM hands its drafter the hidden states of every step. `capture` passes those on whose input token is settled: prompt
+tokens, tokens sampled last and accepted drafts. Without a callback nothing is done.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout_spec.integrations.vllm.sampling import rebind
+
+logger = logging.getLogger("rollout_spec")
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What one step computed; rows lie by request in the order of `request_ids`, and by position within each.
+
+    Rows can go beyond the end of a request, where drafts behind its last token were accepted and then cut; the token
+    sampled last of all has none. A position comes again when its request was preempted or its weights changed. It never
+    comes where the prefix cache had it, or where vLLM did not ask its drafter (near `max_model_len`).
+
+    Attributes:
+        request_ids: vLLM's own ids, `<id given>-<suffix>`; [B].
+        counts: Rows of each request, int64 [B].
+        tokens: Input tokens [T]; the state of a row is the one from which the token after it is predicted.
+        positions: Of these tokens in their sequences, int64 [T] (the last dimension, with multimodal rotary positions).
+        states: [T, D] in the model's dtype, after the last norm; for `eagle3` and `dflash` those of the layers that
+            the drafter reads, side by side.
+    """
+
+    request_ids: tuple[str, ...]
+    counts: Tensor
+    tokens: Tensor
+    positions: Tensor
+    states: Tensor
+
+
+Callback = Callable[[HiddenStates], None]
+_callbacks: list[Callback] = []
+
+
+def capture(callback: Callback) -> Callable[[], None]:
+    """Call `callback` after every step of the engines in this process, which must be that of the workers.
+
+    From elsewhere use `collective_rpc("rollout_spec_capture", args=("module:function",))`. Works over vLLM's V1 runner,
+    with the self-drafter and with methods that read hidden states (`draft_model`, `eagle`, `eagle3`, `mtp`, `dflash`).
+    The callback runs before drafting, so it should only keep what it needs; one that raises is reported and dropped.
+
+    Returns:
+        Stops it.
+    """
+    _callbacks.append(callback)
+
+    def stop() -> None:
+        if callback in _callbacks:
+            _callbacks.remove(callback)
+
+    return stop
+
+
+def tap(module: ModuleType) -> None:
+    """Touch `vllm.v1.spec_decode.llm_base_proposer`: show the callbacks what is handed to the drafter."""
+    rebind(module.SpecDecodeBaseProposer, "__init__", _knowing_its_runner)
+    rebind(module.SpecDecodeBaseProposer, "propose", _tapped)
+
+
+def _knowing_its_runner(construct: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's proposers are given the runner, which knows the requests of each row, and forget it."""
+    signature = inspect.signature(construct)
+
+    def knowing(self: Any, *args: Any, **options: Any) -> None:
+        self.rollout_spec_runner = signature.bind(self, *args, **options).arguments.get("runner")
+        construct(self, *args, **options)
+
+    return knowing
+
+
+def _tapped(propose: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    signature = inspect.signature(propose)
+
+    def tapped(self: Any, *args: Any, **options: Any) -> Tensor:
+        if _callbacks:
+            given = signature.bind(self, *args, **options).arguments
+            offer(
+                self.rollout_spec_runner,
+                given["target_token_ids"],
+                given["target_positions"],
+                given["target_hidden_states"],
+                given["common_attn_metadata"],
+                given.get("num_rejected_tokens_gpu"),
+            )
+        return propose(self, *args, **options)
+
+    return tapped
+
+
+def offer(
+    runner: Any, tokens: Tensor, positions: Tensor, states: Tensor, metadata: Any, rejected: Tensor | None
+) -> None:
+    """Give the callbacks what a drafter was given: `rejected [B]` says how many last rows of each request fell."""
+    if not _callbacks:
+        return
+    batch = metadata.batch_size()
+    bounds = metadata.query_start_loc[: batch + 1].long()
+    scheduled = bounds.diff()
+    counts = scheduled if rejected is None else scheduled - rejected[:batch]
+    starts = bounds[:-1].repeat_interleave(counts)
+    within = torch.arange(len(starts), device=starts.device)
+    rows = starts + within - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    captured = HiddenStates(
+        tuple(runner.input_batch.req_ids[:batch]), counts, tokens[rows], positions[..., rows], states[rows]
+    )
+    for callback in tuple(_callbacks):
+        _call(callback, captured)
+
+
+def _call(callback: Callback, captured: HiddenStates) -> None:
+    try:
+        callback(captured)
+    except Exception:  # a guest's failure must not end the rollout
+        _callbacks.remove(callback)
+        logger.exception("hidden states are no longer captured: %r raised", callback)
