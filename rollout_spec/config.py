@@ -61,7 +61,7 @@ class SpeculationConfig:
     history: bool = True
     history_tokens: int = 4_000_000
     probe_share: float = 0.005
-    explore_share: float = 0.005
+    explore_share: float = 0.002
     verifier: str = "auto"
     quantize_lm_head: bool = True
     canary: bool = True

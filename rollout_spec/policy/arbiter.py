@@ -49,7 +49,7 @@ class Arbiter:
         buckets: Number of batch buckets; bucket b holds 2^b <= B < 2^(b + 1).
     """
 
-    def __init__(self, arms: Sequence[str], *, explore_share: float = 0.005, buckets: int = 12) -> None:
+    def __init__(self, arms: Sequence[str], *, explore_share: float = 0.002, buckets: int = 12) -> None:
         if len(set(arms)) < 2:
             raise ValueError(
                 f"arms={list(arms)!r}: a bandit needs at least two different arms, or it never explores; "

@@ -30,8 +30,8 @@ from rollout_spec.policy.records import HISTORY, Plan, Reason, SpeculationPolicy
 
 _PLAIN = "plain"
 _LOOK_EVERY = 2  # passes between looks at one of the arms that do not run
-_REST, _LONGEST_REST = 3, 15  # plain passes between looks while nothing changes
-_LOOKING = 0.005  # share of the time that looks may take: rests are as long as it takes
+_REST, _LONGEST_REST = 3, 31  # plain passes between looks while nothing changes
+_LOOKING = 0.0025  # share of the time that looks may take: rests are as long as it takes
 _CHANGE = 8  # a batch that changes by more than this part of it is another
 _DECISION_STEP = 0.1  # weight of one decision in the time that decisions take
 _ALONE_EVERY = 16  # passes between estimates of the gain that the last sequence will have
@@ -93,7 +93,7 @@ class AutomaticPolicy(SpeculationPolicy):
         longest: int = 16,
         margin: float = 0.02,
         probe_share: float = 0.005,
-        explore_share: float = 0.005,
+        explore_share: float = 0.002,
         ragged: bool = True,
         seed: int = 0,
     ) -> None:
