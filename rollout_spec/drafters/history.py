@@ -218,19 +218,26 @@ class History:
         if self._unread:
             tokens, slots = np.concatenate(self._unread, 1), self._unread_slots
             self._unread, self._unread_slots = [], slots[:0]
-            self._take(slots, tokens, np.full(len(slots), tokens.shape[1]))
+            self._take(slots, tokens, np.full(len(slots), tokens.shape[1]), in_turn=True)
 
-    def _take(self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray) -> None:
+    def _take(
+        self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray, in_turn: bool = False
+    ) -> None:
         self._learn(slots, tokens, emitted)
         self._found[slots] = self._count[slots] = 0
-        self._append(self._text[slots], tokens, emitted)
+        self._append(self._text[slots], tokens, emitted, in_turn)
 
     def _keys(self, tails: np.ndarray, salt: np.ndarray) -> np.ndarray:
         """Table entries [N, orders] of the n-grams that `tails` [N, reach] of groups `salt` [N] end with."""
         return (tails @ self._weights + salt[:, None]) >> self._shift & self._mask
 
-    def _append(self, text: np.ndarray, tokens: np.ndarray, counts: np.ndarray) -> None:
-        """Write the first `counts[b]` of `tokens[b]` behind `text[b]`: each is what follows the n-grams before it."""
+    def _append(
+        self, text: np.ndarray, tokens: np.ndarray, counts: np.ndarray, in_turn: bool = False
+    ) -> None:
+        """Write the first `counts[b]` of `tokens[b]` behind `text[b]`: each is what follows the n-grams before it.
+
+        `in_turn`: the columns came one after the other, not a row at a time; it decides which occurrence is the latest.
+        """
         texts = self._texts
         length, room, salt = texts.numbers.take(text, 0).T[1:4]
         total = length + counts
@@ -238,7 +245,8 @@ class History:
             texts.move(int(text[i]), 2 * int(total[i]))
         index, place = texts.start[text] + length, text << _PLACE_BITS | length
         if tokens.shape[1] > 1 or not counts.all():
-            row, step = np.nonzero(np.arange(tokens.shape[1]) < counts[:, None])
+            written = np.arange(tokens.shape[1]) < counts[:, None]
+            row, step = np.nonzero(written.T)[::-1] if in_turn else np.nonzero(written)
             index, place, salt, tokens = index[row] + step, place[row] + step, salt[row], tokens[row, step]
         texts.tokens[index] = tokens.reshape(-1)
         # Of equal n-grams the last one stays: the latest token of the last sequence.

@@ -492,3 +492,29 @@ def test_nothing_is_proposed_where_nothing_is_allowed():
     assert h.propose(ids(0), matches.lengths).shape == (1, 0)
     emit(h, 0, 3)
     assert h.stats().tried.sum() == 0
+
+
+def test_what_is_read_late_is_read_all_the_same():
+    """Plain passes are put off until somebody looks: several sequences, some of which end meanwhile."""
+    rng = np.random.default_rng(0)
+    late, eager, prompt = History(max_tokens=4000), History(max_tokens=4000), ids(1, 2, 3)
+    for h in (late, eager):
+        for slot in range(3):
+            h.begin(slot, prompt)
+    for step in range(200):
+        live = np.arange(3 if step < 150 else 2)
+        tokens = rng.integers(0, 4, (len(live), 1))
+        for h in (late, eager):
+            h.extend(live, tokens, np.ones(len(live), np.int64))
+        eager.match(live, np.full(len(live), 8))
+        if step == 149:
+            late.finish(2)
+            eager.finish(2)
+        if step % 37 == 36 or step == 199:
+            limits = np.full(len(live), 8)
+            ours, theirs = late.match(live[:2], limits[:2]), eager.match(live[:2], limits[:2])
+            np.testing.assert_array_equal(ours.lengths, theirs.lengths)
+            np.testing.assert_array_equal(
+                late.propose(live[:2], ours.lengths), eager.propose(live[:2], theirs.lengths)
+            )
+    assert late.stats().tokens == eager.stats().tokens

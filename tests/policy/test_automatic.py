@@ -284,3 +284,31 @@ def test_what_came_of_a_plan_is_weighed_by_slot():
         made.observe(where.take(order), done, outcome)
     assert seen_gains[1] == pytest.approx(seen_gains[0])
     assert len(seen_gains) == 2  # part of a plan says nothing about the whole
+
+
+def test_a_small_gain_waits_for_plain_passes_and_for_one_again_now_and_then():
+    made = AutomaticPolicy(COSTS, probe_share=0.0, explore_share=0.0)
+    plans = run(made, state(1), 0.7, 400)
+    assert [plan.reason for plan in plans[:3]] == [Reason.REFERENCE] * 3
+    assert plans[3].speculates
+    references = [i for i, plan in enumerate(plans) if plan.reason is Reason.REFERENCE]
+    assert max(np.diff([*references, len(plans)])) < 70
+
+
+def looks_of_400(decision_seconds):
+    """How often a policy for which nothing pays looks at 8 sequences, once it has settled."""
+    made, where, looks = policy(), state(8, drafters=("nf4",)), []
+    made.acceptance["nf4"] = seen(0.0).acceptance["nf4"]
+    zeros, ones = np.zeros(8, np.int64), np.ones(8, np.int64)
+    for _ in range(600):
+        looks.append(made.looks(8))
+        plan = made.plan(where)
+        assert not plan.speculates
+        seconds = COSTS.target(8, 8, 800)
+        made.observe(where, plan, StepOutcome(zeros, ones, zeros > 0, 0.0, seconds, decision_seconds))
+    return sum(looks[-400:])
+
+
+def test_it_rests_where_nothing_pays_and_longer_if_a_look_is_dear():
+    assert looks_of_400(0.0) == 100
+    assert 10 <= looks_of_400(1e-2) <= 20

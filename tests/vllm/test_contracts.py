@@ -6,6 +6,7 @@ The other tests need no vLLM: they show on a small source tree that a change is 
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -268,3 +269,9 @@ def test_an_engine_that_would_not_work_is_refused_at_start(tmp_path, monkeypatch
         fit.check_fit(configured())
     fit.check_fit(configured(additional_config={}))
     fit._check.cache_clear()
+
+
+@pytest.mark.integration
+def test_vllm_is_installed() -> None:
+    """Where it is not, the tests that start it are skipped when they are collected: this one must not be."""
+    importlib.import_module("vllm")
