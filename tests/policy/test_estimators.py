@@ -224,6 +224,17 @@ def test_exploration_stays_within_its_budget():
     assert regret < 0.03
 
 
+def test_a_trial_that_lost_more_than_predicted_is_paid_back_before_the_next():
+    bandit, gains = Arbiter(["plain", "nf4"], explore_share=0.01), {"plain": 1.0, "nf4": 0.98}
+
+    def passes_to_a_trial():
+        return next(n for n in range(1, 5000) if bandit.explore(gains, "plain", 1, 1.0))
+
+    assert passes_to_a_trial() < 5
+    bandit.charge(3.0)  # seconds, of passes of one second
+    assert 290 < passes_to_a_trial() < 310
+
+
 def test_what_is_learnt_at_one_batch_size_helps_at_another():
     bandit, _, _ = play({"nf4": 0.5}, {"nf4": 1.5}, 300, batch=1)
     assert bandit.correction("nf4", 64) < 0.7
