@@ -73,8 +73,8 @@ class NeverSlower:
     def _sweep(self, situation: str, before: Callable[[], None]) -> None:
         engine, backend = self.engine, self.engine.backend
         automatic, off = AutomaticPolicy(self.calibration.cost_model, seed=self.seed), Off()
+        params = SamplingParams(max_tokens=_TOKENS, ignore_eos=True)
         for batch in BATCHES:
-            params = SamplingParams(max_tokens=_TOKENS, ignore_eos=True)
             seconds: dict[bool, list[float]] = {False: [], True: []}
 
             def run(policy: SpeculationPolicy, prompts: list[str]) -> float:

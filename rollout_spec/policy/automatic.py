@@ -183,8 +183,8 @@ class AutomaticPolicy(SpeculationPolicy):
         """Compare the arms; only what runs, and one of the others in turn, is evaluated anew in every pass."""
         batch = round.batch
         candidates = {arm: round.candidate(arm) for arm in self._due(arms)}
-        for arm, candidate in candidates.items():
-            self._learn_of(arm, candidate, round.state)
+        for name, candidate in candidates.items():
+            self._learn_of(name, candidate, round.state)
         gains = {arm: self._known[arm].gain for arm in arms if self._known[arm].gain > 0} | {_PLAIN: 1.0}
         if len(gains) == 1:
             self._mode = _PLAIN
