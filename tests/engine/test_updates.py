@@ -122,7 +122,9 @@ def test_the_same_version_may_come_again_when_its_weights_were_freed(engine, mod
         engine.update_weights(model.named_parameters(), version=-1)
     engine.update_weights(model.named_parameters(), version=0)
     (again,) = engine.generate(prompts[:1], params)
-    assert (first.request_id, first.token_ids) != (again.request_id, again.token_ids), "a second sample, not the first"
+    assert (first.request_id, first.token_ids) != (again.request_id, again.token_ids), (
+        "a second sample, not the first"
+    )
     (replayed,) = engine.generate(prompts[:1], params, request_ids=[first.request_id])
     assert replayed.token_ids == first.token_ids
     assert engine.stats().drafter == "nf4"
