@@ -17,6 +17,8 @@ from rollout_spec.config import EngineConfig, SpeculationConfig
 from rollout_spec.contracts import Completion, RolloutSpecError, SamplingParams, SpecCounts, VersionSpan
 from rollout_spec.drafters.guard import DrafterReport
 from rollout_spec.engine import EngineStats, RolloutEngine
+from rollout_spec.integrations.ray.dispatch import PoolError
+from rollout_spec.integrations.trl.compat import UnsupportedTrl
 from rollout_spec.integrations.verl.compat import UnsupportedVerl
 from rollout_spec.integrations.vllm.compat import UnsupportedVllm
 from rollout_spec.integrations.vllm.weights import HalfUpdated
@@ -144,7 +146,7 @@ def test_every_error_of_the_package_is_in_the_table() -> None:
         return {cls.__name__ for cls in ours}.union(*map(below, ours))
 
     everything = below(RolloutSpecError) | {
-        e.__name__ for e in (UnsupportedVllm, UnsupportedVerl, HalfUpdated)
+        e.__name__ for e in (UnsupportedVllm, UnsupportedVerl, UnsupportedTrl, PoolError, HalfUpdated)
     }
     assert {row[0].strip("`") for row in rows(section(API, "Errors"))} == everything
 
