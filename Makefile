@@ -1,9 +1,10 @@
 # What runs where: `make help`. Needs python3 (3.11 to 3.13 for the pinned environments), pip, gcc and g++.
-# VENV=path or FULL_VENV=path use another environment; an existing one is kept and brought up to date.
+# VENV=path, FULL_VENV=path or TRL_VENV=path use another environment; an existing one is kept and brought up to date.
 
 PYTHON ?= python3
 VENV ?= .venv
 FULL_VENV ?= .venv-full
+TRL_VENV ?= .venv-trl
 INTEGRATION_LIMIT ?= 1500
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -12,7 +13,7 @@ TORCH := torch==2.13.0
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integration .integration lint format bench clean
+.PHONY: help demo test test-integration .integration test-trl lint format bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +24,7 @@ demo: $(VENV)/.installed ## Run the demo: exact speculation, on and off, on this
 test: $(VENV)/.installed ## Run the CPU tests; PYTEST_ARGS='-k name' selects
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-test-integration: ## Run the tests that start vLLM, verl or Ray
+test-integration: test-trl ## Run the tests that start vLLM, verl, Ray or TRL
 	@if grep -rqE "mark\.integration" tests; then $(MAKE) --no-print-directory .integration; \
 	else echo "test-integration: there are no integration tests yet"; fi
 
@@ -31,6 +32,9 @@ test-integration: ## Run the tests that start vLLM, verl or Ray
 # later, the threads of a process would disagree, which vLLM's attention on CPU refuses.
 .integration: $(FULL_VENV)/.installed
 	@OMP_NUM_THREADS=1 timeout --kill-after=30 $(INTEGRATION_LIMIT) $(FULL_VENV)/bin/python -m pytest -m integration $(PYTEST_ARGS)
+
+test-trl: $(TRL_VENV)/.installed ## Run the tests that train with TRL, in an environment of its own
+	@OMP_NUM_THREADS=1 timeout --kill-after=30 $(INTEGRATION_LIMIT) $(TRL_VENV)/bin/python -m pytest -m trl $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## Check style, layout and types
 	@$(VENV)/bin/ruff check .
@@ -53,6 +57,9 @@ $(VENV)/.installed: requirements/light.txt pyproject.toml
 
 $(FULL_VENV)/.installed: requirements/full.txt pyproject.toml
 	$(call install,$(FULL_VENV),requirements/full.txt)
+
+$(TRL_VENV)/.installed: requirements/trl.txt requirements/light.txt pyproject.toml
+	$(call install,$(TRL_VENV),requirements/trl.txt)
 
 # $(1) environment, $(2) its pins. torch is resolved with its dependencies, the pins without a resolver.
 define install

@@ -120,6 +120,7 @@ class RolloutEngine:
         self._changed = threading.Condition(threading.RLock())
         self._update_lock = threading.Lock()
         self._stepper = ThreadPoolExecutor(1, thread_name_prefix="rollout-spec")  # one, for all streams
+        self._shared_step: asyncio.Future[None] | None = None
         self._asleep = False
         self._no_weights: str | None = None
         self._live: dict[str, list[Sample]] = {}
@@ -258,7 +259,7 @@ class RolloutEngine:
         pending = list(groups[0])
         try:
             while pending:
-                await asyncio.get_running_loop().run_in_executor(self._stepper, self._advance)
+                await self._step()
                 for sample in [sample for sample in pending if sample.finish_reason is not None]:
                     pending.remove(sample)
                     yield to_completion(sample, self.tokenizer)
@@ -307,7 +308,8 @@ class RolloutEngine:
 
         Args:
             weights: `(name, tensor)` pairs; buffers may be reused after each.
-            version: The new policy version, larger than the last; None counts up by one.
+            version: The new policy version, larger than the last (after `sleep(level=2)` also the same again); None
+                counts up by one.
 
         vLLM overwrites its weights in place: there, decoding stops from the first chunk of them on, and a failure
         after that leaves no policy in force until an update succeeds.
@@ -330,8 +332,9 @@ class RolloutEngine:
                 if not held:
                     hold()
                 with self._changed:
+                    if version != self.backend.weights.version:  # else ids would come twice
+                        self._submitted.clear()
                     self._last_update = report = self.backend.commit(report)
-                    self._submitted.clear()
                     self._no_weights = None
             finally:
                 with self._changed:
@@ -471,6 +474,14 @@ class RolloutEngine:
             self._submitted[place] = count + 1
             if f"{place}-{count}" not in self._live:
                 return f"{place}-{count}"
+
+    async def _step(self) -> None:
+        """One step, shared by the streams of this event loop: each sees what is finished after every one."""
+        loop = asyncio.get_running_loop()
+        step = self._shared_step
+        if step is None or step.done() or step.get_loop() is not loop:
+            self._shared_step = step = loop.run_in_executor(self._stepper, self._advance)
+        await asyncio.shield(step)
 
     def _advance(self) -> None:
         """Run one step for everybody, or wait while there is nothing to run."""

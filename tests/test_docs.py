@@ -17,6 +17,9 @@ from rollout_spec.config import EngineConfig, SpeculationConfig
 from rollout_spec.contracts import Completion, RolloutSpecError, SamplingParams, SpecCounts, VersionSpan
 from rollout_spec.drafters.guard import DrafterReport
 from rollout_spec.engine import EngineStats, RolloutEngine
+from rollout_spec.integrations.ray.dispatch import PoolError
+from rollout_spec.integrations.trl.compat import UnsupportedTrl
+from rollout_spec.integrations.verl.compat import UnsupportedVerl
 from rollout_spec.integrations.vllm.compat import UnsupportedVllm
 from rollout_spec.integrations.vllm.weights import HalfUpdated
 from rollout_spec.observe.report import Check, EvidenceLevel, ExactnessLevel, Machine, Report
@@ -142,7 +145,9 @@ def test_every_error_of_the_package_is_in_the_table() -> None:
         ours = {cls for cls in error.__subclasses__() if cls.__module__.startswith("rollout_spec.")}
         return {cls.__name__ for cls in ours}.union(*map(below, ours))
 
-    everything = below(RolloutSpecError) | {UnsupportedVllm.__name__, HalfUpdated.__name__}
+    everything = below(RolloutSpecError) | {
+        e.__name__ for e in (UnsupportedVllm, UnsupportedVerl, UnsupportedTrl, PoolError, HalfUpdated)
+    }
     assert {row[0].strip("`") for row in rows(section(API, "Errors"))} == everything
 
 

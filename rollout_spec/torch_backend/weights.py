@@ -88,7 +88,8 @@ class PolicyWeights:
         Raises:
             WeightError: A name, shape or dtype does not fit, or tensors are missing; what was received is forgotten.
         """
-        if isinstance(version, bool) or not isinstance(version, int) or version <= self.version:
+        lowest = max(0, self.version + (self.target.weights is not _NO_WEIGHTS))
+        if isinstance(version, bool) or not isinstance(version, int) or version < lowest:
             raise WeightError(
                 f"version={version!r}: use an integer larger than the version in force, {self.version}"
             )

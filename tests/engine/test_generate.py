@@ -205,6 +205,35 @@ def test_streams_threads_and_generate_share_the_engine(make_engine, prompts):
     assert tokens(found) == reference
 
 
+def test_a_stream_sees_its_answer_one_step_after_the_last(make_engine, prompts, monkeypatch):
+    """Streams wait for the same step; each with steps of its own would be told after as many as there are streams."""
+    engine = make_engine()
+    steps, step = [0], engine.backend.step
+    ended = {}
+
+    def counted():
+        steps[0] += 1
+        finished = step()
+        ended.update({sample.request_id: steps[0] for sample in finished})
+        return finished
+
+    monkeypatch.setattr(engine.backend, "step", counted)
+    told = {}
+
+    async def ask(row):
+        name = str(row)
+        params = SamplingParams(max_tokens=2 + 3 * row, ignore_eos=True)
+        await engine.generate_async(prompts[row % len(prompts)], params, request_id=name)
+        told[name] = steps[0]
+
+    async def ask_all():
+        await asyncio.gather(*(ask(row) for row in range(12)))
+
+    asyncio.run(ask_all())
+    asyncio.run(ask_all())  # another event loop
+    assert max(told[name] - ended[name] for name in told) <= 1
+
+
 def test_abort_returns_what_there_is_and_a_longer_prompt_resumes_it(make_engine, prompts):
     engine = make_engine()
     params = SamplingParams(max_tokens=60, ignore_eos=True)

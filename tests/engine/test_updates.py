@@ -113,6 +113,25 @@ def test_versions_are_stamped(engine, model, prompts):
         engine.update_weights(model.named_parameters(), version=4)
 
 
+def test_the_same_version_may_come_again_when_its_weights_were_freed(engine, model, prompts):
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    (first,) = engine.generate(prompts[:1], params)
+    engine.sleep(level=2)
+    engine.wake_up()
+    with pytest.raises(WeightError, match="version=-1"):
+        engine.update_weights(model.named_parameters(), version=-1)
+    engine.update_weights(model.named_parameters(), version=0)
+    (again,) = engine.generate(prompts[:1], params)
+    assert (first.request_id, first.token_ids) != (again.request_id, again.token_ids), (
+        "a second sample, not the first"
+    )
+    (replayed,) = engine.generate(prompts[:1], params, request_ids=[first.request_id])
+    assert replayed.token_ids == first.token_ids
+    assert engine.stats().drafter == "nf4"
+    with pytest.raises(WeightError, match=r"version=0.*larger than.*0"):
+        engine.update_weights(model.named_parameters(), version=0)
+
+
 # --- faults: the drafter breaks, the output does not -----------------------------------------------------
 
 
