@@ -90,7 +90,9 @@ class SpotWorker(_Alive):
         async with self._inbox:
             self._worker.free_bytes = self._engine.free_bytes
             if isinstance(message, Publish):
-                if not self._worker.accepts(message) or not await asyncio.to_thread(self._host.publish, message):
+                if not self._worker.accepts(message) or not await asyncio.to_thread(
+                    self._host.publish, message
+                ):
                     return
             self._report(self._worker.receive(message))
         self._orders.set()

@@ -126,7 +126,9 @@ class World:
             self.carry_out(command)
         coordinator._commands = []
         if coordinator._state is not None and coordinator._state.step != coordinator.step:
-            raise Violation(f"the agreed state of step {coordinator._state.step} passes for {coordinator.step}")
+            raise Violation(
+                f"the agreed state of step {coordinator._state.step} passes for {coordinator.step}"
+            )
 
     def carry_out(self, command: Command) -> None:
         if isinstance(command, Save):
@@ -216,7 +218,9 @@ class World:
             if worker.may_generate:
                 yield f"{name} finishes", lambda world, name=name: world.finish(name)
             order = worker._order
-            enough = isinstance(order, Train) and order.state is not None and order.state.step >= setting.steps
+            enough = (
+                isinstance(order, Train) and order.state is not None and order.state.step >= setting.steps
+            )
             if order is not None and worker.at_rest and not enough:
                 yield f"{name} starts a task", lambda world, name=name: world.start(name)
             if not worker.at_rest:
