@@ -15,6 +15,7 @@ from collections.abc import Sequence
 _PRIOR = 8.0  # passes (in units of gain) after which what was seen weighs as much as the prediction
 _MEMORY = 400.0  # passes of an arm over which what was seen loses weight 1/e
 _SPREAD = 0.5  # how wrong a prediction may be (standard deviation of the log), for optimism
+_BUCKET_SPREAD = 0.15  # and by how much more one bucket differs from another
 _SAVINGS = 8.0  # plain passes that the exploration budget may save up
 _LEAST_LOSS = 0.02  # of a plain pass: no trial counts as free
 _CLIP = 8.0  # one pass may not say more than this factor
@@ -86,8 +87,9 @@ class Arbiter:
         for arm, gain in gains.items():
             if arm in (best, self.arms[0]) or gain <= 0:
                 continue
-            tried = self._bucket[arm][self._index(batch)].predicted
-            optimism = math.exp(_SPREAD / math.sqrt(1 + tried / _PRIOR))
+            here = _BUCKET_SPREAD**2 / (1 + self._bucket[arm][self._index(batch)].predicted / _PRIOR)
+            anywhere = _SPREAD**2 / (1 + self._pooled[arm].predicted / _PRIOR)
+            optimism = math.exp(math.sqrt(here + anywhere))
             loss = seconds * max(gains[best] / gain - 1, _LEAST_LOSS)
             if gain * optimism > gains[best] and loss <= self._budget:
                 return arm

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from rollout_spec.policy.acceptance import AcceptanceTracker
 from rollout_spec.policy.arbiter import Arbiter
+from rollout_spec.policy.candidates import Candidate, Round
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 from rollout_spec.policy.lengths import RemainingLength
 from rollout_spec.policy.online_costs import OnlineCosts
@@ -30,14 +30,16 @@ from rollout_spec.policy.records import HISTORY, Plan, Reason, SpeculationPolicy
 
 _PLAIN = "plain"
 _LOOK_EVERY = 2  # passes between looks at one of the arms that do not run
-_REST, _LONGEST_REST = 3, 31  # plain passes between looks while nothing changes
-_LOOKING = 0.0025  # share of the time that looks may take: rests are as long as it takes
+_REST, _LONGEST_REST = 3, 63  # plain passes between looks while nothing changes
+_LOOKING = 0.0015  # share of the time that looks may take: rests are as long as it takes
 _CHANGE = 8  # a batch that changes by more than this part of it is another
 _DECISION_STEP = 0.1  # weight of one decision in the time that decisions take
 _ALONE_EVERY = 16  # passes between estimates of the gain that the last sequence will have
 _FEW, _LAST_EVERY = 16, 4  # of more sequences than this, who ends last is looked up every so many passes
+_NEAR = 0.9  # a gain below this is not looked at more closely
+_WEIGH_EVERY = 8  # passes between looks at how far sequences drift apart
+_OFTEN_STEP = 0.03  # weight of one pass in how often an arm pays
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
-_MOST = 0.999  # nothing is certain
 _SURE = 1.6  # a gain that is one even if plain passes are cheaper than predicted by as much as they ever were
 _REFERENCES, _REFERENCE_AGE = (
     3,
@@ -46,13 +48,24 @@ _REFERENCES, _REFERENCE_AGE = (
 _FADE_EVERY, _FADE = 64, 0.9  # every so many passes what was learnt of an idle drafter keeps this weight
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    drafter: str | None
-    draft_lengths: np.ndarray
-    from_history: np.ndarray
-    gain: float
-    seconds: float
+@dataclass
+class _Known:
+    """What was found of an arm.
+
+    Attributes:
+        looked: Pass in which it was evaluated last.
+        gain: Then expected of it.
+        often: Share of the recent passes in which it would have paid.
+        together: Share of its gain that stays, see `AutomaticPolicy._together`, and the pass in which this was weighed.
+        valid: Whether it holds for the batch of now.
+    """
+
+    looked: int
+    gain: float = 0.0
+    often: float = 1.0
+    together: float = 1.0
+    weighed: int = 0
+    valid: bool = False
 
 
 class _Predicted(NamedTuple):
@@ -61,6 +74,7 @@ class _Predicted(NamedTuple):
     Attributes:
         gain: Not corrected by what the arbiter learnt.
         instead: Gain of what would have run, if this is a trial; else None.
+        together: Share of its worth that stays, see `AutomaticPolicy._together`.
     """
 
     arm: str
@@ -68,6 +82,7 @@ class _Predicted(NamedTuple):
     gain: float
     plain_seconds: float
     instead: float | None
+    together: float
 
 
 class AutomaticPolicy(SpeculationPolicy):
@@ -108,6 +123,7 @@ class AutomaticPolicy(SpeculationPolicy):
         self._rng = np.random.default_rng(seed)
         self._mode = _PLAIN
         self._weights = np.zeros(0)
+        self._makespan = 0.0  # share of a plain pass's worth that lies in the end of the last sequence
         self._last = (0, np.zeros(0, np.int64), np.zeros(0))  # a pass, its slots, and P(each ends last)
         self._alone = (0, 1.0)  # the pass it was estimated in, and the gain once a single sequence is left
         self._passes = self._batch = 0
@@ -115,7 +131,7 @@ class AutomaticPolicy(SpeculationPolicy):
         self._plain_seconds = math.nan
         self._looked = False  # whether the plan of this pass took a decision
         self.deciding = 0.0  # seconds that a decision takes
-        self._known: dict[str, tuple[float, int]] = {}  # by arm: its gain, and the pass it was found in
+        self._known: dict[str, _Known] = {}
         self._predicted: _Predicted | None = None
         self.depth = np.arange(1, longest + 1)
 
@@ -149,31 +165,28 @@ class AutomaticPolicy(SpeculationPolicy):
             return Plan.plain(batch, Reason.BAD_COST)
 
         weights = self._value_of_tokens(state, context, plain_seconds)
-        round = _Round(self, state, weights, room, context, plain_seconds)
+        round = Round(self, state, weights, room, context, plain_seconds)
         arms = [HISTORY] if matches is not None else []
         for name in drafters:
             behind = f"{HISTORY}+{name}"
             arms += [name, behind] if matches is not None and behind in self.arbiter.arms else [name]
         if self._changed(batch):
-            self._known, self._batch, self._pause = {}, batch, 0
+            self._batch, self._pause = batch, 0
+            for known in self._known.values():
+                known.valid = False
         return self._settle(round, arms, plain_seconds)
 
     def _changed(self, batch: int) -> bool:
         """Whether what was found for another batch does not hold for this one."""
         return abs(batch - self._batch) > self._batch // _CHANGE
 
-    def _settle(self, round: _Round, arms: list[str], plain_seconds: float) -> Plan:
+    def _settle(self, round: Round, arms: list[str], plain_seconds: float) -> Plan:
         """Compare the arms; only what runs, and one of the others in turn, is evaluated anew in every pass."""
         batch = round.batch
         candidates = {arm: round.candidate(arm) for arm in self._due(arms)}
-        self._known |= {
-            arm: (
-                c.gain * self.arbiter.correction(arm, batch) if math.isfinite(c.gain) else 0.0,
-                self._passes,
-            )
-            for arm, c in candidates.items()
-        }
-        gains = {arm: self._known[arm][0] for arm in arms if self._known[arm][0] > 0} | {_PLAIN: 1.0}
+        for name, candidate in candidates.items():
+            self._learn_of(name, candidate, round.state)
+        gains = {arm: self._known[arm].gain for arm in arms if self._known[arm].gain > 0} | {_PLAIN: 1.0}
         if len(gains) == 1:
             self._mode = _PLAIN
             return Plan.plain(batch, Reason.BAD_COST, plain_seconds)
@@ -199,24 +212,43 @@ class AutomaticPolicy(SpeculationPolicy):
             return Plan.plain(batch, Reason.REFERENCE, plain_seconds)
         chosen = candidates[arm] if arm in candidates else round.candidate(arm)
         instead = gains[best] if reason is Reason.EXPLORE else None
-        self._predicted = _Predicted(arm, round.state.slots, chosen.gain, plain_seconds, instead)
-        gain = chosen.gain * self.arbiter.correction(arm, batch)
-        return Plan(chosen.draft_lengths, chosen.from_history, chosen.drafter, reason, gain, chosen.seconds)
+        self._predicted = _Predicted(
+            arm, round.state.slots, chosen.gain, plain_seconds, instead, self._known[arm].together
+        )
+        return Plan(
+            chosen.draft_lengths, chosen.from_history, chosen.drafter, reason, gains[arm], chosen.seconds
+        )
 
     @property
     def last_gain(self) -> float:
         """Gain of what runs, at least that of plain decoding."""
-        return max(self._known[self._mode][0], 1.0) if self._mode in self._known else 1.0
+        known = self._known.get(self._mode)
+        return 1.0 if known is None or not known.valid else max(known.gain, 1.0)
 
     def _due(self, arms: list[str]) -> list[str]:
-        """The arms to evaluate: all while decoding plainly, else what runs and, every other pass, the stalest other."""
-        if self._mode == _PLAIN:
-            return arms
-        due = [arm for arm in arms if arm not in self._known or arm == self._mode]
-        others = [arm for arm in arms if arm not in due]
-        if others and self._passes % _LOOK_EVERY == 0:
-            due.append(min(others, key=lambda arm: self._known[arm][1]))
+        """The arms to evaluate: new ones, what runs, what is near to paying and, in turn, the stalest of the others."""
+        due: list[str] = []
+        others: list[str] = []
+        for arm in arms:
+            known = self._known.setdefault(arm, _Known(self._passes - 1))
+            near = self._mode == _PLAIN and known.gain > _NEAR
+            (due if near or not known.valid or arm == self._mode else others).append(arm)
+        if others and (self._mode == _PLAIN or self._passes % _LOOK_EVERY == 0):
+            due.append(min(others, key=lambda arm: self._known[arm].looked))
         return due
+
+    def _learn_of(self, arm: str, candidate: Candidate, state: StepState) -> None:
+        """Note what an arm has to offer now."""
+        known, gain = self._known[arm], candidate.gain * self.arbiter.correction(arm, len(state.slots))
+        if not math.isfinite(gain):
+            gain = 0.0
+        known.often *= (1 - _OFTEN_STEP) ** (self._passes - known.looked)
+        known.often += _OFTEN_STEP * (gain > 1)
+        if gain <= _NEAR:
+            known.together, known.weighed = 1.0, 0
+        elif not known.valid or self._passes - known.weighed >= _WEIGH_EVERY:
+            known.together, known.weighed = self._together(candidate, state, known.often), self._passes
+        known.gain, known.looked, known.valid = gain * known.together, self._passes, True
 
     def _with_hysteresis(self, gains: dict[str, float]) -> str:
         """A switch must promise the margin, except the one to plain decoding, taken as soon as drafting would lose."""
@@ -229,7 +261,7 @@ class AutomaticPolicy(SpeculationPolicy):
     def _value_of_tokens(self, state: StepState, context: int, plain_seconds: float) -> np.ndarray:
         batch = len(state.slots)
         if self.objective == "throughput" or state.waiting or batch == 1:
-            self._weights = np.full(batch, 1 / batch)
+            self._weights, self._makespan = np.full(batch, 1 / batch), 0.0
             return self._weights
         share = context // batch
         alone = self.costs.target(1, 1, share)
@@ -239,9 +271,25 @@ class AutomaticPolicy(SpeculationPolicy):
             self._alone = self._passes, gain
         marginal = max(plain_seconds - alone, 0.0) / (batch - 1)
         fixed = max(plain_seconds - batch * marginal, 0.0)
-        weights = fixed / gain * self._last_to_finish(state) + marginal
-        self._weights = weights / weights.sum()
+        worth = fixed / gain + marginal * batch
+        self._makespan = fixed / gain / worth
+        self._weights = self._makespan * self._last_to_finish(state) + marginal / worth
         return self._weights
+
+    def _together(self, candidate: Candidate, state: StepState, often: float) -> float:
+        """Share of a candidate's gain that stays, seen that sequences it advances unevenly do not end together.
+
+        n passes of variance s^2 take the sequences s * sqrt(n) tokens apart; each bears its part of what that costs, but
+        even the last sequence advances by a token.
+        `often` says in which share of the passes the candidate would be worth it.
+        """
+        if not self._makespan:
+            return 1.0
+        tau = float(candidate.tokens.mean())
+        passes = max(often * float(state.allowed.max()) / tau, 1.0)
+        drift = math.sqrt(max(candidate.square - tau * tau, 0.0) * passes)
+        lost = self.lengths.delay(state.outputs, state.allowed, drift) / passes
+        return 1.0 - self._makespan * min(lost, tau - 1.0) / tau
 
     def _last_to_finish(self, state: StepState) -> np.ndarray:
         """P(a sequence ends last), anew in every pass: a laggard that catches up is none any more."""
@@ -303,6 +351,7 @@ class AutomaticPolicy(SpeculationPolicy):
         gain = worth * predicted.plain_seconds / outcome.seconds
         self.arbiter.observe(predicted.arm, len(state.slots), predicted.gain, gain)
         if predicted.instead is not None:
+            worth *= predicted.together
             self.arbiter.charge(outcome.seconds - worth * predicted.plain_seconds / predicted.instead)
 
     def _learn_acceptance(
@@ -340,122 +389,3 @@ class AutomaticPolicy(SpeculationPolicy):
     def forget(self, slots: np.ndarray) -> None:
         for tracker in self.acceptance.values():
             tracker.forget(slots)
-
-
-class _Round:
-    """Evaluates candidates for one pass."""
-
-    def __init__(
-        self,
-        policy: AutomaticPolicy,
-        state: StepState,
-        weights: np.ndarray,
-        room: np.ndarray,
-        context: int,
-        plain_seconds: float,
-    ) -> None:
-        self.policy, self.state, self.weights, self.room = policy, state, weights, room
-        self.batch, self.context, self.plain_seconds = len(weights), context, plain_seconds
-        self.zeros = np.zeros(self.batch, np.int64)
-
-    def candidate(self, arm: str) -> _Candidate:
-        """The best plan of one arm: history, a drafter with weights, or one behind the other."""
-        if arm == HISTORY:
-            return self._history
-        return self._drafted(arm, arm.removeprefix(f"{HISTORY}+"))
-
-    @cached_property
-    def _history(self) -> _Candidate:
-        """History alone: no cost but the rows to verify."""
-        matches = self.state.matches
-        assert matches is not None
-        limit = np.minimum(matches.lengths, self.room)
-        alive = np.minimum(matches.confidence, _MOST)[:, None] ** self.policy.depth
-        lengths, gain, seconds = self._best(alive, limit, None, self.zeros, 1.0)
-        return _Candidate(None, lengths, lengths, gain, seconds)
-
-    def _drafted(self, arm: str, name: str) -> _Candidate:
-        """A drafter with weights, behind what history proposes if the arm says so."""
-        alive = self.policy.acceptance[name].survival(self.state.slots)
-        if arm == name:
-            lengths, gain, seconds = self._best(alive, self.room, name, self.zeros, 1.0)
-            return _Candidate(name, lengths, self.zeros, gain, seconds)
-        before, matches = self._history.draft_lengths, self.state.matches
-        assert matches is not None
-        confidence = np.minimum(matches.confidence, _MOST)
-        reached = confidence**before
-        certain = np.where(before > 0, confidence * (1 - reached) / (1 - confidence), 0.0)
-        worth = 1.0 + float(self.weights @ certain)
-        own, gain, seconds = self._best(alive * reached[:, None], self.room - before, name, before, worth)
-        return _Candidate(name, before + own, before, gain, seconds)
-
-    def _best(
-        self, alive: np.ndarray, limit: np.ndarray, drafter: str | None, before: np.ndarray, worth: float
-    ) -> tuple[np.ndarray, float, float]:
-        """Draft lengths of the largest gain, at least one token somewhere, the gain, and the time of the pass.
-
-        A token is on offer if it is worth what it costs by itself, at the gain the arm had last (Dinkelbach's
-        iteration for a ratio, one round per pass); of these, the depth is taken that makes the gain largest.
-
-        Args:
-            alive: P(tokens 1..j accepted), float64 [B, longest], falling in j.
-            limit: Most tokens per sequence, int64 [B].
-            drafter: Who drafts them, or None where drafting is free.
-            before: Tokens drafted ahead of these, int64 [B].
-            worth: Value of the pass without these tokens.
-        """
-        active = [self.batch] * len(self.policy.depth)
-        kept: np.ndarray | None = None
-        if limit.min() < len(active):
-            kept = self.policy.depth <= limit[:, None]
-        if self.policy.ragged and self.batch > 1:
-            price = self._price(drafter) * self.policy.last_gain / self.plain_seconds
-            worthy = alive > (price / self.weights)[:, None]
-            if worthy.any():
-                kept = worthy if kept is None else worthy & kept
-        if kept is not None:
-            alive, active = alive * kept, kept.sum(0).tolist()
-        depth, gain, seconds = self._deepest((self.weights @ alive).tolist(), active, drafter, before, worth)
-        lengths = np.full(self.batch, depth) if kept is None else kept[:, :depth].sum(1)
-        return lengths, gain, seconds
-
-    def _price(self, drafter: str | None) -> float:
-        """Seconds that one more token of one sequence costs: a row to verify, a sequence in a draft step."""
-        costs, batch, context = self.policy.costs, self.batch, self.context
-        row = costs.target(batch, 4 * batch, context) - costs.target(batch, 2 * batch, context)
-        price = row / (2 * batch)
-        if drafter is not None:
-            half = max(batch // 2, 1)
-            price += (
-                costs.draft(drafter, batch, context) - costs.draft(drafter, half, context * half // batch)
-            ) / max(batch - half, 1)
-        return price
-
-    def _deepest(
-        self, gains: list[float], active: list[int], drafter: str | None, before: np.ndarray, worth: float
-    ) -> tuple[int, float, float]:
-        """The depth to stop at, at least 1, its gain and its time.
-
-        `gains` is what the tokens of each depth are worth together, `active` how many sequences draft there.
-        """
-        costs, batch, context = self.policy.costs, self.batch, self.context
-        history = int(before.sum())
-        rows, share = batch + history, context / batch
-        drafting = self.policy.deciding
-        if drafter is not None and history:
-            drafting += costs.catching_up(drafter, batch, history)
-        best = (0, 0.0, math.inf)
-        for depth, (value, count) in enumerate(zip(gains, active, strict=True), 1):
-            if not count:
-                break
-            worth += value
-            rows += count
-            if drafter is not None:
-                drafting += costs.draft(drafter, count, int(share * count))
-            seconds = drafting + costs.target(batch, rows, context)
-            gain = worth * self.plain_seconds / seconds
-            if gain > best[1]:
-                best = (depth, gain, seconds)
-            elif depth > best[0] + 1:
-                break
-        return best

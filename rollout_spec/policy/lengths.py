@@ -8,6 +8,9 @@ _KEPT = 4096  # lengths remembered
 _UNSEEN = 1.0  # weight of the prior, in finished answers longer than the request's present length
 _SHORTEST_SCALE = 32.0  # tokens: scale of the prior for a request that has just begun
 _BLUR = 0.5  # relative: known limits are blurred by this much, as sequences do not advance at one pace
+_SHARP = 0.25  # tokens: blur of a limit where paces do not drift apart
+_POINTS = 24  # of the integral over the blur
+_SQRT3 = 3**0.5  # half width of a uniform distribution, in standard deviations
 GRID = np.concatenate(([0.0], np.geomspace(4.0, 65536.0, 29)))
 
 
@@ -29,13 +32,25 @@ class RemainingLength:
             if len(self._finished) > _KEPT:
                 self._finished = self._finished[::2]
 
-    def survival(self, outputs: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-        """P(more than x tokens are still to come) for x on the grid, float64 [B, grid]; 0 from about `allowed` on."""
+    def survival(
+        self,
+        outputs: np.ndarray,
+        allowed: np.ndarray,
+        tokens: np.ndarray = GRID,
+        blur: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """P(more than x tokens are still to come) for x in `tokens` [X], float64 [B, X]; 0 from about `allowed` on.
+
+        `blur`, float64 [B], is half the width in tokens over which it falls to 0 there; by default, half of `allowed`.
+        """
+        known = len(self._finished)
         scale = np.maximum(outputs, _SHORTEST_SCALE)[:, None]
-        beyond = len(self._finished) - np.searchsorted(self._finished, outputs[:, None] + GRID, side="right")
-        alive = beyond + _UNSEEN * scale / (scale + GRID)
-        limit = (1 + _BLUR - GRID / allowed[:, None]) / (2 * _BLUR)
-        return np.clip(limit, 0.0, 1.0) * alive / (beyond[:, :1] + _UNSEEN)
+        beyond = known - np.searchsorted(self._finished, outputs, side="right")[:, None]
+        left = known - np.searchsorted(self._finished, outputs[:, None] + tokens, side="right")
+        alive = left + _UNSEEN * scale / (scale + tokens)
+        width = (_BLUR * allowed if blur is None else blur)[:, None]
+        limit = (allowed[:, None] + width - tokens) / (2 * width)
+        return np.clip(limit, 0.0, 1.0) * alive / (beyond + _UNSEEN)
 
     def last_to_finish(self, outputs: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """P(the request ends last of all that are live), float64 [B], sums to 1.
@@ -48,3 +63,22 @@ class RemainingLength:
         log_done = np.log(done)
         last = (ends * np.exp(log_done.sum(0) - log_done)).sum(1) + 1e-12
         return last / last.sum()
+
+    def delay(self, outputs: np.ndarray, allowed: np.ndarray, drift: float) -> float:
+        """Tokens by which the end of the last request moves off if paces drift apart on the way.
+
+        E max(R) is the integral of 1 - P(R_1 <= x) ... P(R_B <= x). Requests that end far apart anyway lose nothing;
+        those that would reach a limit together wait for the unluckiest of them.
+
+        Args:
+            drift: Standard deviation of the lead that one request has by then, in tokens, at least 0.
+        """
+        half = max(_SQRT3 * drift, 2 * _SHARP)
+        top = float(allowed.max())
+        edge = max(top - half, 0.0)
+        tokens = np.concatenate((GRID[edge > GRID], np.linspace(edge, top + half, _POINTS)))
+        ends = []
+        for width in (_SHARP, half):
+            alive = self.survival(outputs, allowed, tokens, np.minimum(allowed, width))
+            ends.append(float(np.trapezoid(1.0 - (1.0 - alive).prod(0), tokens)))
+        return max(ends[1] - ends[0], 0.0)

@@ -112,6 +112,22 @@ def test_nobody_runs_far_past_what_is_allowed():
     assert not alive[1, GRID >= 1.5 * 8].any()
 
 
+@pytest.mark.parametrize("drift", [0.0, 1.0, 5.0, 20.0])
+def test_the_delay_of_requests_that_drift_apart_agrees_with_drawing_their_ends(drift):
+    rng, lengths = np.random.default_rng(0), RemainingLength()
+    lengths.observe(np.full(4000, np.inf))  # whatever was seen ran into its limit
+    allowed = np.full(6, 100)
+    ends = allowed + 3**0.5 * drift * (2 * rng.random((40_000, 6)) - 1)
+    wanted = ends.max(1).mean() - 100
+    assert lengths.delay(np.zeros(6), allowed, drift) == pytest.approx(wanted, rel=0.08, abs=0.3)
+
+
+def test_requests_that_end_far_apart_do_not_wait_for_each_other():
+    lengths = RemainingLength()
+    lengths.observe(np.full(4000, np.inf))
+    assert lengths.delay(np.zeros(4), np.array([10, 200, 400, 800]), 5.0) < 0.3
+
+
 def test_of_requests_with_like_limits_none_is_sure_to_end_last():
     """They advance at random paces: a token or two of lead say little while there is a way to go."""
     last = RemainingLength().last_to_finish(np.array([20, 22, 19, 21]), np.array([44, 42, 45, 43]))
