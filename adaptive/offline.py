@@ -69,17 +69,19 @@ def features_of(target: Decoder, spec: EagleSpec, sequences: Sequence[Tensor]) -
     rows = ids.numel()
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (x.unflatten(0, ids.shape).transpose(1, 2) for x in (q, k, v))
-        found = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        q, k, v = (x.unflatten(0, ids.shape).transpose(1, 2) for x in (q, k, v))
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return found.transpose(1, 2).reshape(rows, -1)
 
     positions = torch.arange(length, device=device).expand(ids.shape).flatten()
-    streams = {
-        layer: torch.empty(rows, spec.hidden_size, dtype=target.weights.embed.dtype, device=device)
-        for layer in spec.feature_layers
-    }
-    hidden = target.hidden(ids.flatten(), positions, attend, streams)
-    features = torch.cat(list(streams.values()), 1) if streams else hidden
+    streams: dict[int, Tensor] = {}
+
+    def tap(layer: int, stream: Tensor) -> None:
+        if layer in spec.feature_layers:
+            streams[layer] = stream.clone()
+
+    hidden = target.hidden(ids.flatten(), positions, attend, tap)
+    features = torch.cat([streams[layer] for layer in spec.feature_layers], 1) if streams else hidden
     return [row[: len(sequence)] for row, sequence in zip(features.unflatten(0, ids.shape), sequences)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from safetensors import safe_open
@@ -19,16 +18,18 @@ def claim_epoch(folder: Path) -> int:
     """An epoch larger than all claimed in this folder before, never given out twice."""
     folder.mkdir(parents=True, exist_ok=True)
     epoch = 1 + max((int(path.suffix[1:]) for path in folder.glob("epoch.*")), default=0)
-    while True:
-        try:
-            os.close(os.open(folder / f"epoch.{epoch}", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            epoch += 1
-        else:
-            for path in folder.glob("epoch.*"):
-                if int(path.suffix[1:]) < epoch:
-                    path.unlink(missing_ok=True)
-            return epoch
+    while not _created(folder / f"epoch.{epoch}"):
+        epoch += 1
+    return epoch
+
+
+def _created(path: Path) -> bool:
+    """Create a file; False if it exists."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

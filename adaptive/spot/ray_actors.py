@@ -1,4 +1,4 @@
-"""The spot trainer's coordinator and workers as Ray actors.
+"""The spot trainer's coordinator and workers as Ray actors; `group` is the handle on them.
 
 An actor's event loop runs the state machine; generation, micro-batches and publication run in threads of it, never two
 of the first two at once. Each side notices the other's death by a call that never returns otherwise.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ from rollout_spec.adaptive.spot.messages import (
     Lost,
     Payload,
     Publish,
-    RolloutBegan,
-    RolloutOver,
     Save,
     Say,
     ToCoordinator,
@@ -89,11 +87,8 @@ class SpotWorker(_Alive):
         """Take note of a message of the coordinator, in the order sent."""
         async with self._inbox:
             self._worker.free_bytes = self._engine.free_bytes
-            if isinstance(message, Publish):
-                if not self._worker.accepts(message) or not await asyncio.to_thread(
-                    self._host.publish, message
-                ):
-                    return
+            if isinstance(message, Publish) and not await self._publish(message):
+                return
             self._report(self._worker.receive(message))
         self._orders.set()
 
@@ -138,6 +133,10 @@ class SpotWorker(_Alive):
         return self._host.figures()
 
     # --- inside ----------------------------------------------------------------------------------------
+
+    async def _publish(self, message: Publish) -> bool:
+        accepted = self._worker.accepts(message)
+        return accepted and await asyncio.to_thread(self._host.publish, message)
 
     def _drain(self) -> None:
         if self._shares == 1 and self._worker.may_generate:
@@ -256,150 +255,3 @@ class SpotCoordinator(_Alive):
         reference = ray.put(tensors)
         self._shared = [*self._shared[-3:], (tensors, reference)]
         return reference
-
-
-class SpotGroup:
-    """A trainer's handle on spot-training workers: rollouts in, completions out, whoever dies meanwhile.
-
-    Args:
-        workers: How many.
-        make_engine, make_trainee: Called on each worker.
-        folder: For checkpoints; every node sees it that may run the coordinator.
-        options: How to train.
-        threads: CPU threads per worker.
-        resources: Ray's options for each worker, such as `{"num_gpus": 1}`.
-
-    Attributes:
-        workers, coordinator: Handles of the actors alive, as far as is known.
-        deaths: How often an actor was replaced.
-    """
-
-    def __init__(
-        self,
-        workers: int,
-        make_engine: MakeEngine,
-        make_trainee: MakeTrainee,
-        folder: str | Path,
-        options: SpotOptions | None = None,
-        threads: int = 1,
-        resources: dict[str, Any] | None = None,
-    ) -> None:
-        self._make = make_engine, make_trainee, threads
-        self._folder, self._options = str(folder), options or SpotOptions()
-        self._resources = resources or {"num_cpus": 1}
-        self._open, self._made, self.deaths = False, 0, 0
-        self.workers: list[Any] = [None] * workers
-        self._names = [""] * workers
-        self._lives: list[Any] = [None] * workers
-        for place in range(workers):
-            self._start_worker(place)
-        self._start_coordinator()
-
-    def rollout(
-        self, shares: Iterable[Any], meanwhile: Callable[[], None] = lambda: None, interval: float = 0.25
-    ) -> list[Any]:
-        """Have each worker answer its share; a dead worker's is answered anew by the one that replaces it.
-
-        Args:
-            shares: One per worker.
-            meanwhile: Called every `interval` seconds.
-
-        Returns:
-            Each share's answer, once, in order.
-        """
-        waiting = list(shares)
-        self._each("claim")
-        self._open = True
-        self.coordinator.tell.remote(RolloutBegan())
-        answers: dict[int, Any] = {}
-        pending: dict[Any, tuple[int, str]] = {}
-
-        def ask(place: int) -> None:
-            pending[self.workers[place].generate.remote(waiting[place])] = place, self._names[place]
-
-        for place in range(len(waiting)):
-            ask(place)
-        while pending:
-            ready, _ = ray.wait(list(pending), timeout=interval)
-            meanwhile()
-            self.heal()
-            for reference in ready:
-                place, name = pending.pop(reference)
-                try:
-                    answers[place] = ray.get(reference)
-                except ray.exceptions.RayActorError:
-                    self._replace(place, name)
-                    ask(place)
-        self._open = False
-        try:
-            ray.get(self.coordinator.tell.remote(RolloutOver()))  # no order is given after this
-        except ray.exceptions.RayActorError:
-            self.heal()
-        self._each("rest")
-        return [answers[place] for place in range(len(waiting))]
-
-    def heal(self) -> None:
-        """Replace the actors that have died."""
-        if _ended(self._life):
-            self.deaths += 1
-            self._start_coordinator()
-        for place, life in enumerate(self._lives):
-            if _ended(life):
-                self._replace(place, self._names[place])
-
-    def figures(self) -> dict[str, Any]:
-        """The coordinator's, and each worker's by name."""
-        workers = dict(zip(self._names, ray.get([worker.figures.remote() for worker in self.workers])))
-        return {"coordinator": ray.get(self.coordinator.figures.remote()), "workers": workers}
-
-    def shutdown(self) -> None:
-        """End all actors."""
-        for actor in (self.coordinator, *self.workers):
-            ray.kill(actor)
-
-    # --- inside ----------------------------------------------------------------------------------------
-
-    def _each(self, method: str) -> None:
-        """Call it on every worker, whoever dies."""
-        calls = [getattr(worker, method).remote() for worker in self.workers]
-        for place, (call, name) in enumerate(zip(calls, list(self._names))):
-            try:
-                ray.get(call)
-            except ray.exceptions.RayActorError:
-                self._replace(place, name)
-
-    def _replace(self, place: int, name: str) -> None:
-        """Start a worker in the place of a dead one, unless that is done."""
-        if self._names[place] == name:
-            self.deaths += 1
-            self._start_worker(place)
-            self._introduce(place)
-
-    def _start_worker(self, place: int) -> None:
-        make_engine, make_trainee, threads = self._make
-        self._names[place] = f"worker-{self._made}"
-        self._made += 1
-        remote = ray.remote(SpotWorker).options(**self._resources)
-        self.workers[place] = remote.remote(self._names[place], make_engine, make_trainee, threads)
-        self._lives[place] = self.workers[place].lifetime.remote()
-
-    def _start_coordinator(self) -> None:
-        remote = ray.remote(SpotCoordinator).options(num_cpus=0)
-        self.coordinator = remote.remote(self._folder, self._options)
-        self._life = self.coordinator.lifetime.remote()
-        for place in range(len(self.workers)):
-            self._introduce(place)
-        if self._open:
-            self.coordinator.tell.remote(RolloutBegan())
-
-    def _introduce(self, place: int) -> None:
-        worker = self.workers[place]
-        try:
-            ray.get(worker.follow.remote(self.coordinator))
-        except ray.exceptions.RayActorError:
-            return  # `heal` sees to it
-        self.coordinator.found.remote(self._names[place], worker)
-
-
-def _ended(life: Any) -> bool:
-    return bool(ray.wait([life], timeout=0)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import psutil
@@ -30,7 +30,7 @@ class Share:
 
     prompts: tuple[str | tuple[int, ...], ...]
     request_ids: tuple[str, ...]
-    params: SamplingParams | tuple[SamplingParams, ...] = SamplingParams()
+    params: SamplingParams | tuple[SamplingParams, ...] = field(default_factory=SamplingParams)
     seeds: tuple[int, ...] | None = None
 
 

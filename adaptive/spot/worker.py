@@ -171,15 +171,16 @@ class Worker:
         """The task under way has ended."""
         task, self._running = self._running, None
         assert task is not None
-        if task.order is not self._order:  # void since
+        order: Train | Evaluate = task.order
+        if order is not self._order:  # void since
             return self._change() if self.status is Status.PREEMPTING else []
         self._done += 1
         if not (task.last or done.reason):
             return []
         self._order = None
         self.status = Status.IDLE
-        place = self.name, task.order.epoch, task.order.round
-        if isinstance(task.order, Train):
+        place = self.name, order.epoch, order.round
+        if isinstance(order, Train):
             return [Contribution(*place, None if done.reason else done.state, done.reason)]
         return [Evaluated(*place, done.candidate, done.current, done.tokens, done.tensors, done.reason)]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rollout_spec.adaptive.spot.coordinator import SpotOptions
+from rollout_spec.adaptive.spot.group import SpotGroup
 from rollout_spec.adaptive.spot.protocol import Generator, Tensors, Trainee
-from rollout_spec.adaptive.spot.ray_actors import SpotGroup
 from rollout_spec.adaptive.spot.serving import ServedEngine, Share
 from rollout_spec.contracts import SamplingParams
 from rollout_spec.engine import RolloutEngine
@@ -127,8 +127,8 @@ def served_policy(path: Path | None = None, **options: Any) -> Callable[[], Note
     """Makes engines on a policy (default: the shipped one), coupled verifier, without drafters."""
     folder = str(path or example_folder() / "policy")
     speculation = {"drafter": "none", "verifier": "coupled", "history": False}
-    options = {"max_model_len": 640, "max_num_seqs": 8, "speculation": speculation} | options
-    return lambda: NotedEngine(RolloutEngine.from_pretrained(folder, **options))
+    config = {"max_model_len": 640, "max_num_seqs": 8, "speculation": speculation} | options
+    return lambda: NotedEngine(RolloutEngine.from_pretrained(folder, config))
 
 
 class Free:

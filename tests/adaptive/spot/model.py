@@ -89,7 +89,7 @@ class World:
     down: dict[tuple[int, str], tuple[Any, ...]] = field(default_factory=dict)  # (epoch, worker): messages
     up: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     mourned: tuple[str, ...] = ()  # dead, and the coordinator has not been told
-    saved: Checkpoint = Checkpoint()
+    saved: Checkpoint = field(default_factory=Checkpoint)
     saving: Checkpoint | None = None
     judged: tuple[int, int, Params] | None = None  # epoch, round, parameters
     epoch: int = 0

@@ -13,12 +13,12 @@ GUARDS = {
     "round": (Setting((0, 0), steps=2, rollouts=2), "averaged|passes"),
     "reports": (Setting((0, 0), coordinator_deaths=1), "version|called"),
     "version": (Setting((0, 0), coordinator_deaths=1), "version|called"),
-    "left": (Setting((0, 1)), "deadlock"),
-    "lost": (Setting((0, 0), worker_deaths=1), "deadlock"),
+    "left": (Setting((0, 1), steps=2), "deadlock"),
+    "lost": (Setting((0, 0), worker_deaths=1), "KeyError|deadlock"),
     "open": (Setting((0, 0)), "outside a rollout"),
     "memory": (Setting((0, 0), too_large=True), "does not fit"),
     "better": (Setting((0,), steps=2), "no better"),
-    "seen": (Setting((0, 1)), "at once"),
+    "seen": (Setting((0, 1)), "deadlock|at once"),
     "micro_batch": (Setting((0, 1)), "at once"),
 }
 SETTINGS = {
