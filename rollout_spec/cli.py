@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "Roll a policy out plainly and speculatively, live: the same tokens, in less time.",
     "bench": "Measure, in pairs, how much faster than what one would use otherwise.",
     "calibrate": "Measure what passes of a model cost here, for the automatic policy.",
+    "drafter": "Train a one-layer drafter of a policy from its own rollouts, evaluate it, export it to vLLM.",
     "report": "Sum up and draw a recorded rollout: where its time went, and what speculation really saved.",
     "simulate": "Predict what a speculation policy would make of a rollout, without a model.",
 }

@@ -13,6 +13,7 @@ from rollout_spec.contracts import InvalidRequest, invalid
 BACKENDS = ("torch", "vllm")
 VERIFIERS = ("auto", "coupled", "rejection")
 DRAFTERS = ("auto", "nf4", "int4", "int8", "dense", "none")
+ADAPTIVE_QUANTIZERS = ("none", "nf4", "int4", "int8")
 OBJECTIVES = ("makespan", "throughput")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -47,6 +48,10 @@ class SpeculationConfig:
         explore_share: Largest share of the time that trying drafters predicted to be slower may cost.
         verifier: `coupled` (the trajectory does not depend on speculation), `rejection` (highest acceptance),
             or `auto`: coupled if the row-invariance probe passes, rejection otherwise.
+        adaptive: Prepare for a trained drafter that is published later. Needed where no other drafter is in use:
+            nothing would have been measured to decide by.
+        adaptive_quantizer: Kind to quantize a trained drafter's linears and head with: `nf4`, `int4`, `int8` or `none`.
+        shadow: A trained drafter drafts unused, in a small share of the passes, until its acceptance is known.
         quantize_lm_head: Also quantize the drafter's lm_head.
         canary: After each weight update compare drafter and target on recent contexts.
         canary_min_acceptance: A drafter accepted less than this per token is reported and set aside: `1 - TV`
@@ -63,12 +68,16 @@ class SpeculationConfig:
     probe_share: float = 0.005
     explore_share: float = 0.002
     verifier: str = "auto"
+    adaptive: bool = False
+    adaptive_quantizer: str = "none"
+    shadow: bool = True
     quantize_lm_head: bool = True
     canary: bool = True
     canary_min_acceptance: float = 0.3
 
     def __post_init__(self) -> None:
         _one_of("speculation.drafter", self.drafter, DRAFTERS)
+        _one_of("speculation.adaptive_quantizer", self.adaptive_quantizer, ADAPTIVE_QUANTIZERS)
         _one_of("speculation.verifier", self.verifier, VERIFIERS)
         _one_of("speculation.objective", self.objective, OBJECTIVES)
         _at_least("speculation.longest_draft", self.longest_draft, 1)
@@ -78,7 +87,7 @@ class SpeculationConfig:
         for name in ("draft_length", "longest_draft"):
             if (getattr(self, name) or 0) > 64:
                 raise invalid(f"speculation.{name}", getattr(self, name), "use at most 64")
-        for name in ("quantize_lm_head", "canary", "history"):
+        for name in ("quantize_lm_head", "canary", "history", "adaptive", "shadow"):
             if not isinstance(getattr(self, name), bool):
                 raise invalid(f"speculation.{name}", getattr(self, name), "use true or false")
         for name in ("canary_min_acceptance", "margin", "probe_share", "explore_share"):

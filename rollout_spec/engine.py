@@ -24,6 +24,7 @@ from rollout_spec.contracts import (
     WeightError,
     invalid,
 )
+from rollout_spec.drafters.eagle_spec import EagleSpec
 from rollout_spec.drafters.guard import DrafterReport
 from rollout_spec.models.checkpoint import read_checkpoint, read_config, state_dict_from
 from rollout_spec.models.spec import ModelSpec
@@ -34,6 +35,7 @@ from rollout_spec.requests import Prompt, RequestReader, noise_key, read_request
 from rollout_spec.sampling.noise import fold
 from rollout_spec.torch_backend.backend import StepTimes, TorchBackend
 from rollout_spec.torch_backend.completions import to_completion
+from rollout_spec.torch_backend.features import FeatureStore
 from rollout_spec.torch_backend.kv_cache import OutOfBlocks
 from rollout_spec.torch_backend.slots import Sample
 from rollout_spec.torch_backend.weights import UpdateReport
@@ -72,6 +74,7 @@ class EngineStats:
         spec: Speculation counts over the same tokens.
         times: Where step time went, in seconds.
         last_update: What the last weight update cost.
+        adaptive: Version of the trained drafter that may draft; None: there is none, it is in shadow, or set aside.
     """
 
     version: int
@@ -91,6 +94,7 @@ class EngineStats:
     spec: SpecCounts
     times: StepTimes
     last_update: UpdateReport
+    adaptive: int | None = None
 
 
 class RolloutEngine:
@@ -343,6 +347,65 @@ class RolloutEngine:
                         self._no_weights = "the last update_weights failed half-way"
                     self._changed.notify_all()
         return report
+
+    def publish_drafter(
+        self,
+        weights: Iterable[tuple[str, Tensor]] | str | Path,
+        version: int | None = None,
+        spec: EagleSpec | None = None,
+    ) -> None:
+        """Put a trained drafter in force beside the others, between two steps; requests in flight go on with it.
+
+        It drafts unused at first, until its acceptance is known (`speculation.shadow`), and keeps its version through
+        weight updates: it may lag behind the policy. Nothing of the policy is written.
+
+        Args:
+            weights: All of its tensors, by the names of `EagleSpec`, or a folder with them (safetensors).
+            version: Of the drafter, larger than the last; None counts up by one.
+            spec: Its shape; None: that of the drafter in force.
+
+        Raises:
+            WeightError: A name, shape, dtype or version does not fit; what was in force stays.
+            InvalidRequest: The drafter does not fit this policy or configuration.
+        """
+        if not isinstance(self.backend, TorchBackend):
+            remedy = (
+                "only the torch backend takes one while it runs; name the exported folder in vLLM's options"
+            )
+            raise invalid("publish_drafter", self.config.backend, remedy)
+        if isinstance(weights, (str, Path)):
+            weights = read_checkpoint(weights)
+        with self._update_lock:
+            if self._no_weights:
+                raise EngineAsleep(f"{self._no_weights}; call update_weights() before publish_drafter()")
+            drafter = self.backend.make_drafter(weights, version, spec)
+            self._commits_waiting += 1  # locks are not fair: steps make way from here on
+            try:
+                with self._changed:
+                    self.backend.publish(drafter)
+            finally:
+                with self._changed:
+                    self._commits_waiting -= 1
+                    self._changed.notify_all()
+
+    def keep_features(
+        self, layers: Sequence[int] = (), receive: Callable[[Sample, int], None] | None = None
+    ) -> FeatureStore:
+        """Keep the target's features of what is computed from now on, for training a drafter; see `FeatureStore`.
+
+        Args:
+            layers: As `EagleSpec.feature_layers`.
+            receive: Called between two steps with every sample that finishes and the slot it is about to leave.
+
+        Raises:
+            InvalidRequest: Features of other layers are kept already, or the backend is vLLM (use its hook there).
+        """
+        if not isinstance(self.backend, TorchBackend):
+            remedy = "there, use rollout_spec.integrations.vllm.hidden_states.capture"
+            raise invalid("keep_features", self.config.backend, remedy)
+        with self._changed:
+            self.backend.on_finished = receive
+            return self.backend.keep_features(layers)
 
     def sleep(self, level: int = 1) -> None:
         """Free the KV cache (level 1), and the weights too (level 2: `update_weights` must follow).

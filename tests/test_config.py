@@ -18,7 +18,8 @@ FULL = {
     "speculation": {
         "drafter": "int8", "draft_length": 6, "verifier": "rejection", "quantize_lm_head": False, "canary": False,
         "canary_min_acceptance": 0.5, "longest_draft": 9, "objective": "throughput", "margin": 0.1, "history": False,
-        "history_tokens": 1000, "probe_share": 0.02, "explore_share": 0.03,
+        "history_tokens": 1000, "probe_share": 0.02, "explore_share": 0.03, "adaptive": True, "adaptive_quantizer": "int8",
+        "shadow": False,
     },
 }  # fmt: skip
 

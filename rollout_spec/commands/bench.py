@@ -89,6 +89,31 @@ _longtail_targets = {  # by samples in a rollout: with the quantized drafter alo
 }
 
 
+@command.command("spot")
+@click.option(
+    "--draws", type=click.IntRange(2), default=10, show_default=True, help="Rollouts per neighbour."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
+@report_options
+def spot(draws: int, seed: int, json_path: Path | None) -> None:
+    """What training on the worker that idles costs the one that still decodes."""
+    from rollout_spec.benchmarks.spot import Free, start_ray
+
+    start_ray()
+    results = Free(draws, seed).run()
+    dummy = results["step_time_with_training_over"]["local"]
+    used = results["used_share"]
+    checks = [
+        Check("idle time used for training", round(used, 3), ">= 0.7", used >= 0.7),
+        Check("step time over that beside cache-local work", round(dummy, 3), "<= 1.02", dummy <= 1.02),
+    ]
+    finish(
+        Report("bench spot", results, checks, evidence_level=EvidenceLevel.L1, seed=seed),
+        json_path,
+        Console(),
+    )
+
+
 @command.command("longtail")
 @click.option(
     "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."

@@ -8,8 +8,17 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rollout_spec.models.decoder import Decoder
+from rollout_spec.models.decoder import Attend, Decoder
 from rollout_spec.models.weights import Piece
+
+
+class FeatureModel(Protocol):
+    """What a drafter computes over features of the target."""
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, features: Tensor, attend: Attend, *, own: bool
+    ) -> Tensor:
+        """States [R, H] of tokens int64 [R] with features [R, F], or with states [R, H] of its `own`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,10 @@ class DraftRound:
         process: `(logits, j, drafted) -> logits` of the processed distribution that drafts are drawn from;
             `drafted` holds the tokens of the steps before.
         keys: `j -> int64 [active[j], 1]`: noise keys of the positions being drafted.
+        follow: `(model, tokens [B', 1] or None, states [B', H] or None, j) -> states [active[j], H]`: run a
+            `FeatureModel` over a cache of its own. In step 0 (None, None) it reads the target's features of all
+            tokens that it has not read, later the `tokens` and its own `states` of step j - 1. None where the
+            backend keeps no features.
     """
 
     active: tuple[int, ...]
@@ -35,6 +48,7 @@ class DraftRound:
     forward: Callable[[Decoder, Tensor | None, int], Tensor]
     process: Callable[[Tensor, int, list[Tensor]], Tensor]
     keys: Callable[[int], Tensor]
+    follow: Callable[[FeatureModel, Tensor | None, Tensor | None, int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,10 +69,19 @@ class Proposal:
 
 
 class Drafter(Protocol):
-    """Made from policy `version`; `stage` and `commit` follow the policy through an update."""
+    """Made from policy `version`; `stage` and `commit` follow the policy through an update.
+
+    Attributes:
+        name: Distinct among the drafters of an engine.
+        version: Of the policy it was made from, if it `follows_policy`; else a version of its own.
+        follows_policy: Whether it is of no use (stale) under another version of the policy than its own.
+        behind_history: Whether it can draft behind tokens that history has proposed.
+    """
 
     name: str
     version: int
+    follows_policy: bool
+    behind_history: bool
 
     def propose(self, round: DraftRound) -> Proposal:
         """Draft for every sequence of the round."""

@@ -49,13 +49,19 @@ class Stamped(Protocol):
 class DrafterGuard:
     """Watches one drafter.
 
+    Args:
+        config: Whether there is a canary, and what it asks for.
+        until: For reports: what brings the drafter back, and what the version stamps.
+
     Attributes:
         reports: Everything reported so far.
         canary_acceptance: Mean acceptance `1 - TV` on recent contexts after the last update; None if not run.
     """
 
-    def __init__(self, config: SpeculationConfig) -> None:
-        self.config = config
+    def __init__(
+        self, config: SpeculationConfig, until: str = "until the next weight update (policy version"
+    ) -> None:
+        self.config, self._until = config, until
         self.reports: list[DrafterReport] = []
         self.canary_acceptance: float | None = None
         self._set_aside = False
@@ -157,7 +163,7 @@ class DrafterGuard:
             self._report("low-acceptance", f"acceptance {acceptance:.3f} {where} is below {floor}", version)
 
     def _report(self, cause: str, what: str, version: int, error: Exception | None = None) -> None:
-        message = f"{what}; decoding plainly until the next weight update (policy version {version})"
+        message = f"{what}; decoding plainly {self._until} {version})"
         self._set_aside = True
         self.reports.append(DrafterReport(cause, message, version))
         logger.error("drafter set aside [%s]: %s", cause, message, exc_info=error)

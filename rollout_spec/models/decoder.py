@@ -57,10 +57,17 @@ class Decoder:
     def __init__(self, spec: ModelSpec, weights: DecoderWeights, rope: RotaryTable) -> None:
         self.spec, self.weights, self.rope = spec, weights, rope
 
-    def hidden(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def hidden(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        tap: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
         """Hidden states after the final norm, [R, H], of token_ids int64[R] at positions int64[R].
 
-        Run it under `torch.inference_mode()`; `attend` is called once per layer, in order.
+        Run it under `torch.inference_mode()`; `attend` is called once per layer, in order. `tap` is shown the residual
+        stream [R, H] that enters each layer, by layer index (`num_layers`: that leaves the last), and must copy it.
         """
         spec, weights = self.spec, self.weights
         size, eps = (spec.hidden_size,), spec.rms_norm_eps
@@ -70,6 +77,8 @@ class Decoder:
         cos, signed_sin = self.rope(positions)
         x = F.embedding(token_ids, weights.embed)
         for index, layer in enumerate(weights.layers):
+            if tap is not None:
+                tap(index, x)
             # The weight is applied outside `rms_norm`: transformers' rounding in bf16, and no slower.
             qkv = layer.qkv(torch.rms_norm(x, size, None, eps).mul_(layer.input_norm)).view(heads)
             qk = qkv[:, :rotated]
@@ -80,6 +89,8 @@ class Decoder:
             x += layer.down(
                 _gated_silu(layer.gate_up(torch.rms_norm(x, size, None, eps).mul_(layer.post_norm)))
             )
+        if tap is not None:
+            tap(spec.num_layers, x)
         return torch.rms_norm(x, size, None, eps).mul_(weights.final_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:

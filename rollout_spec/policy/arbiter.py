@@ -57,10 +57,15 @@ class Arbiter:
                 "add one, or decode without an arbiter"
             )
         self.arms = tuple(arms)
-        self.explore_share = explore_share
+        self.explore_share, self._buckets = explore_share, buckets
         self._pooled = {arm: _Record() for arm in arms}
         self._bucket = {arm: [_Record() for _ in range(buckets)] for arm in arms}
         self._budget = 0.0
+
+    def add(self, arm: str) -> None:
+        """One more arm, of which nothing was seen."""
+        self.arms = (*self.arms, arm)
+        self._pooled[arm], self._bucket[arm] = _Record(), [_Record() for _ in range(self._buckets)]
 
     def correction(self, arm: str, batch: int) -> float:
         """Learnt factor on the predicted gain of `arm` at this batch size."""

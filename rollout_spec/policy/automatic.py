@@ -23,7 +23,7 @@ import numpy as np
 from rollout_spec.policy.acceptance import AcceptanceTracker
 from rollout_spec.policy.arbiter import Arbiter
 from rollout_spec.policy.candidates import Candidate, Round
-from rollout_spec.policy.cost_model import TARGET, CostModel
+from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 from rollout_spec.policy.lengths import RemainingLength
 from rollout_spec.policy.online_costs import OnlineCosts
 from rollout_spec.policy.records import HISTORY, Plan, Reason, SpeculationPolicy, StepOutcome, StepState
@@ -168,7 +168,8 @@ class AutomaticPolicy(SpeculationPolicy):
         round = Round(self, state, weights, room, context, plain_seconds)
         arms = [HISTORY] if matches is not None else []
         for name in drafters:
-            arms += [name, f"{HISTORY}+{name}"] if matches is not None else [name]
+            behind = f"{HISTORY}+{name}"
+            arms += [name, behind] if matches is not None and behind in self.arbiter.arms else [name]
         if self._changed(batch):
             self._batch, self._pause = batch, 0
             for known in self._known.values():
@@ -362,6 +363,17 @@ class AutomaticPolicy(SpeculationPolicy):
             np.where(reached, own, 0),
             np.where(reached, outcome.accepted - plan.from_history, 0),
         )
+
+    def add_drafter(self, name: str, cost: PassCost) -> None:
+        """It drafts by itself only, not behind history."""
+        self.costs.add(name, cost)
+        self.arbiter.add(name)
+        self.acceptance[name] = AcceptanceTracker(self.longest)
+        self._rest = 0
+
+    def observe_shadow(self, drafter: str, slots: np.ndarray, accepted: np.ndarray) -> None:
+        if drafter in self.acceptance:
+            self.acceptance[drafter].observe(slots, np.ones_like(slots), accepted)
 
     def after_update(self) -> None:
         for tracker in self.acceptance.values():

@@ -7,7 +7,7 @@ from collections import deque
 
 import numpy as np
 
-from rollout_spec.policy.cost_model import TARGET, CostModel
+from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 
 _STEP = 0.08  # weight of one pass in the correction
 _MISSED = 4  # what was not seen for this many passes is known less well: the next pass counts for as many
@@ -74,6 +74,13 @@ class OnlineCosts:
         self._target = model.passes[TARGET]
         self._plain, self._verify = self._corrections[_PLAIN], self._corrections[TARGET]
         self._passes = 0
+
+    def add(self, drafter: str, cost: PassCost) -> None:
+        """Costs of one more drafter."""
+        self.model = CostModel({**self.model.passes, drafter: cost})
+        correction = self._corrections[drafter] = _Correction()
+        if self._plain.mean is not None:
+            correction.expect(self._plain.mean)
 
     def target(self, batch: int, rows: int, kv_tokens: int) -> float:
         """Seconds of a target pass with everything around it, see `CostModel.target`."""

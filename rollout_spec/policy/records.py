@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from rollout_spec.policy.cost_model import PassCost
 
 HISTORY = "history"  # the drafter without weights: text seen before (n-gram and suffix matches)
 
@@ -156,6 +159,14 @@ class SpeculationPolicy(Protocol):
 
     def after_update(self) -> None:
         """The weights have changed: what was learnt about acceptance is older now."""
+
+    def add_drafter(self, name: str, cost: PassCost) -> None:
+        """Another drafter with weights may come up in `StepState.drafters`; `cost` is that of its step."""
+        return
+
+    def observe_shadow(self, drafter: str, slots: np.ndarray, accepted: np.ndarray) -> None:
+        """One token drafted behind each of `slots` [B] was not used; `accepted` [B], 0 or 1, says what of it."""
+        return
 
     def forget(self, slots: np.ndarray) -> None:
         """These sequences left unfinished (aborted or preempted); their slots may be used again."""

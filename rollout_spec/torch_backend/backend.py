@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from rollout_spec.config import EngineConfig
 from rollout_spec.contracts import FinishReason, SamplingParams, invalid
-from rollout_spec.drafters.base import Drafter, Proposal
+from rollout_spec.drafters.base import Proposal
+from rollout_spec.drafters.eagle import EagleDrafter
+from rollout_spec.drafters.eagle_spec import EagleSpec
 from rollout_spec.drafters.guard import DrafterGuard
 from rollout_spec.drafters.history import History
 from rollout_spec.drafters.quantized import QuantizedSelfDrafter
@@ -33,9 +35,11 @@ from rollout_spec.sampling import verify
 from rollout_spec.sampling.noise import row_keys
 from rollout_spec.sampling.pipeline import Processed, SamplingBatch, token_logprobs
 from rollout_spec.sampling.table import SamplingTable
+from rollout_spec.torch_backend.adaptive import Adaptive
 from rollout_spec.torch_backend.choose_policy import choose_policy
 from rollout_spec.torch_backend.completions import spec_counts
 from rollout_spec.torch_backend.drafting import Drafts
+from rollout_spec.torch_backend.features import FeatureStore
 from rollout_spec.torch_backend.graph_passes import GraphPasses, choose_graphs
 from rollout_spec.torch_backend.kv_cache import BlockPool, KVCache, OutOfBlocks
 from rollout_spec.torch_backend.outputs import cut_at_stop_strings, record_top_logprobs, record_versions
@@ -75,8 +79,10 @@ class TorchBackend:
         weights: The policy's weights and version, and the drafter made from them.
         policy: Chooses draft lengths; replace it to control speculation.
         guard: Decides whether the drafter may be used, and reports when it may not.
+        adaptive: The trained drafter that was published, with its own guard; None before the first.
         graphs: Runs passes on captured graphs; None where there are none. On a CPU, where tests set it, plain calls
             stand in for graphs.
+        on_finished: Called with a finished sample and the slot it is about to leave.
         coupled: Which verifier is in force.
         spec_counters, generated_tokens: Totals so far; the counters are those of `slots`.
         row_invariant: Whether the probe found a token's logits independent of the batch (exactness level E2).
@@ -112,6 +118,8 @@ class TorchBackend:
         self.calibration: Calibration | None = None
         self.recorder: TraceRecorder | None = None
         self.graphs: GraphPasses | None = None
+        self.adaptive: Adaptive | None = None
+        self.on_finished: Callable[[Sample, int], None] | None = None
         self.times = StepTimes()
         self.cache = KVCache(
             spec.num_layers,
@@ -128,7 +136,7 @@ class TorchBackend:
         )
         self.table = SamplingTable(config.max_num_seqs, spec.padded_vocab_size, device, spec.vocab_size)
         self.scheduler = Scheduler(
-            self.slots, self.pool, config.prefill_chunk, self.cache.copy_block, self._on_release
+            self.slots, self.pool, config.prefill_chunk, self._copy_block, self._on_release
         )
         self.runner = Runner(self.weights.target, self.cache, device)
         self.row_invariant = self.coupled = self._canary_due = False
@@ -229,7 +237,7 @@ class TorchBackend:
         self.scheduler.preempt_all()
         self._canary_due = self.cache.released
         if not self.cache.released:
-            self.cache.clear()
+            self._clear()
             if self.graphs is not None:
                 self.graphs.capture()
             self._drafter_follows()
@@ -240,13 +248,14 @@ class TorchBackend:
         self.scheduler.preempt_all()
         if self.graphs is not None:
             self.graphs.release()
-        self.cache.release()
+        for memory in self._memory:
+            memory.release()
         if discard_weights:
             self.weights.discard()
 
     def wake_up(self) -> None:
         """Take the KV cache back; the canary of an update received asleep runs now."""
-        self.cache.clear()
+        self._clear()
         if self.graphs is not None:
             self.graphs.capture()
         if self._canary_due:
@@ -268,7 +277,8 @@ class TorchBackend:
             "verifier": "coupled" if self.coupled else "rejection",
             "exactness": ("E2" if self.row_invariant else "E1") if self.coupled else "E0",
             "drafter": drafter.name if usable and drafter is not None else None,
-            "reports": tuple(self.guard.reports),
+            "reports": tuple(self.guard.reports) + (() if self.adaptive is None else self.adaptive.reports),
+            "adaptive": None if self.adaptive is None else self.adaptive.in_use,
             "calibration": None if found is None else "brief" if found.brief else "full",
             "canary_acceptance": self.guard.canary_acceptance,
             "live": len(self.scheduler.running),
@@ -289,7 +299,8 @@ class TorchBackend:
             return self.runner.score(model, tokens, blocks)
         finally:
             # A NaN left here would be read behind a mask.
-            self.cache.wipe(blocks)
+            for memory in self._memory:
+                memory.wipe(blocks)
             self.pool.free(blocks)
 
     def _drafter_follows(self) -> None:
@@ -300,6 +311,70 @@ class TorchBackend:
         if self.recorder is not None:
             self.recorder.event(f"policy version {weights.version}")
         self.guard.after_update(weights.drafter, weights.version, self.compare, weights.drafter_error)
+        if self.adaptive is not None:
+            self.adaptive.after_update(weights.target, weights.version)
+
+    @torch.inference_mode()
+    def make_drafter(
+        self, weights: Iterable[tuple[str, Tensor]], version: int | None, spec: EagleSpec | None
+    ) -> EagleDrafter:
+        """A drafter from its tensors, not in force yet; see `RolloutEngine.publish_drafter`."""
+        options, current = self.config.speculation, None if self.adaptive is None else self.adaptive.drafter
+        decides = options.history and options.draft_length is None
+        if not options.adaptive and options.drafter == "none" and not decides:
+            raise invalid("speculation.adaptive", False, "set it to true: nothing prepared for a drafter")
+        if spec is None:
+            if current is None:
+                raise invalid("spec", None, "give the EagleSpec of the first drafter that is published")
+            spec = current.spec
+        before = -1 if current is None else current.version
+        return EagleDrafter(
+            spec, self.weights.target, weights, before + 1 if version is None else version, after=before,
+            quantizer=self.weights.quantizer(options.adaptive_quantizer),
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def publish(self, drafter: EagleDrafter) -> None:
+        """Put a drafter in force, between two steps."""
+        if self.adaptive is None or not self.adaptive.serves(drafter.spec):
+            self.adaptive = Adaptive(self, drafter)
+        self.adaptive.publish(drafter)
+        if self.cache.released:
+            for memory in self._memory:
+                memory.release()
+
+    def keep_features(self, layers: Sequence[int]) -> FeatureStore:
+        """Keep the target's features from the next pass on, see `FeatureStore`; costs its memory.
+
+        Raises:
+            InvalidRequest: Those of other layers are kept already.
+        """
+        kept = self.runner.features
+        if kept is None:
+            kept = self.runner.features = FeatureStore(
+                self.cache, self.slots, layers, self.spec.hidden_size, self.dtype, self.device
+            )
+            self.scheduler.features_from_now()
+            if self.graphs is not None:
+                self.graphs.capture()
+        elif kept.layers != tuple(layers):
+            raise invalid("layers", tuple(layers), f"features of layers {kept.layers} are kept; use the same")
+        return kept
+
+    @property
+    def _memory(self) -> list[KVCache | FeatureStore]:
+        """All that is addressed by block."""
+        adaptive = [] if self.adaptive is None else [self.adaptive.follower.cache]
+        features = [] if self.runner.features is None else [self.runner.features]
+        return [self.cache, *features, *adaptive]
+
+    def _clear(self) -> None:
+        for memory in self._memory:
+            memory.clear()
+
+    def _copy_block(self, source: int, destination: int) -> None:
+        for memory in self._memory:
+            memory.copy_block(source, destination)
 
     def compare(self, context: np.ndarray) -> tuple[Tensor, Tensor] | None:
         """Target and drafter logits `[T, padded_vocab]` after each of `context [T]`; None if it cannot be done now."""
@@ -314,6 +389,7 @@ class TorchBackend:
     # --- one decode pass -------------------------------------------------------------------------------
 
     def _decode(self, rows: np.ndarray) -> list[Sample]:
+        shadow = None if self.adaptive is None else self.adaptive.shadow(rows, self.table)
         clock = PassClock(self.device)
         state = self._state(rows)
         plan = self.policy.plan(state)
@@ -329,8 +405,7 @@ class TorchBackend:
         drafts = self._drafts(plan, state, block, batch, keys)
         clock.start_drafting()
         if (plan.draft_lengths > plan.from_history).any():
-            assert self.weights.drafter is not None
-            proposal = self._propose(self.weights.drafter, drafts)
+            proposal = self._propose(plan, state, drafts)
             if proposal is None:  # the drafter failed: this pass decodes plainly
                 self.cache.wipe_rows(block.kv_rows.flatten())
                 plan = Plan.plain(len(rows), Reason.NO_DRAFTER)
@@ -348,6 +423,8 @@ class TorchBackend:
             raw = self.runner.forward(self.weights.target, block, tokens, cells=cells)
         processed = self._process(batch, raw, drafts)
         verdict = drafts.verify(processed.logits)
+        if shadow is not None:
+            shadow.judge(rows, processed.logits, ragged, verdict)
         if ragged is None:
             logprobs = torch.stack(token_logprobs(raw, processed, verdict.tokens))
         else:
@@ -358,9 +435,13 @@ class TorchBackend:
     def _state(self, rows: np.ndarray) -> StepState:
         """What is live, for the policy."""
         slots, drafter = self.slots, self.weights.drafter
+        drafters: tuple[str, ...] = ()
         lengths = slots.length[rows]
         allowed = slots.limit[rows] - lengths
-        usable = self.guard.check(drafter, self.weights.version)
+        if self.guard.check(drafter, self.weights.version) and drafter is not None:
+            drafters = (drafter.name,)
+        if self.adaptive is not None and self.adaptive.usable:
+            drafters = (*drafters, self.adaptive.drafter.name)
         matches = None
         if self.history is not None and self.policy.looks(len(rows)):
             matches = self.history.match(rows, allowed - 1)
@@ -369,7 +450,7 @@ class TorchBackend:
             lengths,
             lengths - slots.prompt_length[rows],
             allowed,
-            (drafter.name,) if usable and drafter is not None else (),
+            drafters,
             matches,
             len(self.scheduler.waiting),
         )
@@ -380,6 +461,8 @@ class TorchBackend:
         before = np.minimum(plan.from_history, lengths)
         if plan.drafter not in state.drafters:
             lengths = before
+        elif self.adaptive is not None and plan.drafter == self.adaptive.drafter.name:
+            lengths = np.where(before > 0, before, lengths)  # it cannot draft behind history
         order = np.argsort(before - lengths, kind="stable")
         kept = order[self.scheduler.reserve(state.slots[order], lengths[order])]
         done = Plan(lengths[kept], before[kept], plan.drafter, plan.reason, plan.gain, plan.seconds)
@@ -396,8 +479,12 @@ class TorchBackend:
             plan.draft_lengths, plan.from_history, history, block, batch, keys, self.runner, self.coupled
         )
 
-    def _propose(self, drafter: Drafter, drafts: Drafts) -> Proposal | None:
-        """What the drafter proposes, or None if it raised."""
+    def _propose(self, plan: Plan, state: StepState, drafts: Drafts) -> Proposal | None:
+        """What the drafter of a plan proposes, or None if it raised."""
+        drafter, adaptive = self.weights.drafter, self.adaptive
+        if adaptive is not None and plan.drafter == adaptive.drafter.name:
+            return adaptive.propose(drafts.round, state.slots, plan.draft_lengths - plan.from_history)
+        assert drafter is not None
 
         def run() -> Proposal:
             captured = None if self.graphs is None else self.graphs.propose(drafts)
@@ -425,6 +512,7 @@ class TorchBackend:
     ) -> list[Sample]:
         """Bring the verdict to the host, once, and record it."""
         rows, draft_lengths = state.slots, plan.draft_lengths
+        starts = self.slots.length[rows]
         tokens, emitted, accepted = (x.cpu().numpy() for x in verdict)
         host_logprobs = logprobs.cpu().numpy()
         self._contain_nans(rows, host_logprobs, emitted)
@@ -438,12 +526,18 @@ class TorchBackend:
         counted[:, DRAFTED], counted[:, ACCEPTED] = draft_lengths, accepted
         self.slots.spec[rows] += counted
         self.spec_counters += counted.sum(0)
+        if self.on_finished is not None:
+            for row in np.flatnonzero(accepted < draft_lengths).tolist():
+                self.slots.sample(int(rows[row])).rejected.append(int(starts[row] + accepted[row]))
         self.generated_tokens += int(appended.sum())
         if drafts.healthy is not None:
             behind = np.where(plan.from_history < draft_lengths, accepted - plan.from_history, -1)
             tried = int((behind >= 0).sum() - ((accepted == draft_lengths) & (behind >= 0)).sum())
             hits = int(behind.clip(0).sum())
-            self.guard.observe(bool(drafts.healthy), tried + hits, hits, self.weights.version)
+            if self.adaptive is not None and plan.drafter == self.adaptive.drafter.name:
+                self.adaptive.observe(bool(drafts.healthy), tried + hits, hits)
+            else:
+                self.guard.observe(bool(drafts.healthy), tried + hits, hits, self.weights.version)
         record_versions(self.slots, rows, appended, self.weights.version)
         if self.slots.top_logprobs[rows].any():
             grid = raw if drafts.ragged is None else raw.squeeze(1)[drafts.ragged.place]
@@ -488,7 +582,8 @@ class TorchBackend:
         if self.history is not None:
             self.history.finish(slot, keep=sample.finish_reason is not None)
         if self.slots.broken[slot]:
-            self.cache.wipe(freed)
+            for memory in self._memory:
+                memory.wipe(freed)
 
     def _finish(self, rows: np.ndarray, ended: np.ndarray) -> tuple[list[Sample], np.ndarray]:
         """The samples that are done, and which of `rows` they were."""
@@ -499,6 +594,8 @@ class TorchBackend:
             sample = self.slots.sample(slot)
             last = int(self.slots.tokens[slot, self.slots.length[slot] - 1])
             sample.finish_reason = FinishReason.STOP if ended[row] else FinishReason.LENGTH
+            if self.on_finished is not None:
+                self.on_finished(sample, slot)
             self._release(slot)
             if ended[row] and sample.stop_reason is None and last in sample.params.stop_token_ids:
                 sample.stop_reason = last

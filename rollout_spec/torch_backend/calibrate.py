@@ -212,13 +212,13 @@ class _Nonsense(History):
 @contextmanager
 def _undisturbed(backend: TorchBackend) -> Iterator[None]:
     """Keep what calibration would disturb: policy, guard, history, trace and counters."""
-    kept = backend.policy, backend.guard, backend.history, backend.recorder
+    kept = backend.policy, backend.guard, backend.history, backend.recorder, backend.adaptive
     counters = backend.spec_counters.copy(), backend.generated_tokens, replace(backend.times)
     guard = DrafterGuard(replace(backend.config.speculation, canary=False, canary_min_acceptance=0.0))
-    backend.guard, backend.recorder = guard, None
+    backend.guard, backend.recorder, backend.adaptive = guard, None, None
     backend.history = _Nonsense() if backend.weights.drafter is None else None
     try:
         yield
     finally:
-        backend.policy, backend.guard, backend.history, backend.recorder = kept
+        backend.policy, backend.guard, backend.history, backend.recorder, backend.adaptive = kept
         backend.spec_counters, backend.generated_tokens, backend.times = counters

@@ -28,8 +28,9 @@ def choose_policy(backend: TorchBackend) -> tuple[SpeculationPolicy, History | N
     """
     options, drafter = backend.config.speculation, backend.weights.drafter
     if options.draft_length is not None:
-        return (Fixed(options.draft_length) if drafter is not None else Off()), None, None
-    if drafter is None and not options.history:
+        drafts = drafter is not None or options.adaptive
+        return (Fixed(options.draft_length) if drafts else Off()), None, None
+    if drafter is None and not options.history and not options.adaptive:
         return Off(), None, None
     found = _calibration(backend)
     if found is None:

@@ -196,15 +196,16 @@ class GraphPasses:
         return pool if graph is not None else None
 
     def _in_force(self) -> tuple[object, ...]:
-        """What graphs hold by address, or decided on the host: the target's, then the drafter's besides."""
+        """What graphs hold by address, or decided on the host: the target's, then the self-drafter's besides."""
         backend, weights = self._backend, self._backend.weights
         drafter, model = weights.drafter, None
         if isinstance(drafter, QuantizedSelfDrafter) and drafter.version >= 0:
             model = drafter.model.weights
-        return backend.cache.keys, weights.target.weights, drafter, model, backend.coupled
+        features = self._runner.features
+        return backend.cache.keys, weights.target.weights, features, drafter, model, backend.coupled
 
     def _is_captured(self, mode: str) -> bool:
-        in_force = self._in_force()[: None if mode == DRAFT else 2]
+        in_force = self._in_force()[: None if mode == DRAFT else 3]
         return bool(self._captured) and all(a is b for a, b in zip(in_force, self._captured))
 
     # --- programs --------------------------------------------------------------------------------------

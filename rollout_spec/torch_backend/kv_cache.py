@@ -93,6 +93,12 @@ class KVCache:
         """Flat rows `[R * kv_heads]` of the entries at (block `[R]`, offset `[R]`)."""
         return ((blocks * self.block_size + offsets)[:, None] + self._head_offsets).flatten()
 
+    def at(self, tables: Tensor, positions: Tensor, inside: Tensor) -> Tensor:
+        """Flat rows `[B * S * kv_heads]` of `positions [B, S]` by `tables [B, blocks]`; the sink's if not `inside`."""
+        blocks = tables.gather(1, positions // self.block_size)
+        blocks = torch.where(inside, blocks, self.sink_block)
+        return self.rows(blocks.flatten(), (positions % self.block_size).flatten())
+
     def store(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values `[R, kv_heads, head_dim]` at flat `rows [R * kv_heads]`."""
         for cache, new in ((self.keys, keys), (self.values, values)):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rollout_spec.models.decoder import Decoder
 from rollout_spec.torch_backend.attention import PagedAttention, Rows, causal_mask, padded_blocks
+from rollout_spec.torch_backend.features import FeatureStore
 from rollout_spec.torch_backend.kv_cache import KVCache
 from rollout_spec.torch_backend.scheduler import PrefillChunk
 from rollout_spec.torch_backend.slots import Slots
@@ -53,10 +54,14 @@ class Runner:
 
     A drafter that shares the cache is another `Decoder`; what it writes is provisional: every row of a block
     that a drafter writes is written again by the target's pass over that block, or wiped.
+
+    Attributes:
+        features: Where the target's features are kept; None while nobody wants them.
     """
 
     def __init__(self, target: Decoder, cache: KVCache, device: torch.device) -> None:
         self.target, self.cache, self.device = target, cache, device
+        self.features: FeatureStore | None = None
 
     def prefill(self, slots: Slots, chunks: Sequence[PrefillChunk]) -> None:
         """Compute the target's keys and values for `chunks` (any mix of lengths)."""
@@ -66,7 +71,7 @@ class Runner:
         column = np.arange(counts.max())
         valid = column < counts[:, None]
         positions = np.where(valid, starts[:, None] + column, 0)
-        tables = self._tables(slots.tables[rows], starts + counts)
+        tables = self.tables(slots.tables[rows], starts + counts)
         self._ragged(self.target, slots.tokens[rows[:, None], positions], positions, valid, tables)
 
     def score(self, model: Decoder, tokens: np.ndarray, blocks: Sequence[int], start: int = 0) -> Tensor:
@@ -76,7 +81,7 @@ class Runner:
         A drafter sees its own keys and values here, not the target's.
         """
         positions = np.arange(start, len(tokens))[None]
-        tables = self._tables(np.asarray(blocks)[None], np.array([len(tokens)]))
+        tables = self.tables(np.asarray(blocks)[None], np.array([len(tokens)]))
         hidden = self._ragged(model, tokens[None, start:], positions, np.ones_like(positions, bool), tables)
         return model.logits(hidden)[: positions.size]
 
@@ -87,13 +92,13 @@ class Runner:
         column = np.arange(width)
         inside = column <= draft_lengths[:, None]
         positions = np.where(inside, length[:, None] - 1 + column, 0)
-        tables = self._tables(slots.tables[rows], length + draft_lengths)
+        tables = self.tables(slots.tables[rows], length + draft_lengths)
         device_positions = self._device(positions)
         return Block(
             last_tokens=self._device(slots.tokens[rows, length - 1]),
             positions=device_positions,
             draft_lengths=self._device(draft_lengths),
-            kv_rows=self._kv_rows(tables, device_positions, self._device(inside)).view(len(rows), width, -1),
+            kv_rows=self.cache.at(tables, device_positions, self._device(inside)).view(len(rows), width, -1),
             tables=tables,
             mask=causal_mask(device_positions, tables.shape[1] * self.cache.block_size),
         )
@@ -143,7 +148,7 @@ class Runner:
             if place is not None:
                 place = torch.cat((place, place.new_full((pad,), batch * count)))
         attention = self._attention(model, Rows(kv_rows.flatten(), block.tables[:batch], mask, place))
-        hidden = model.hidden(ids, positions, attention)
+        hidden = self._hidden(model, ids, positions, attention)
         if wanted is not None:
             return model.logits(hidden[wanted])[:, None]
         shape = (batch, count) if cells is None else (rows, 1)
@@ -158,7 +163,7 @@ class Runner:
         grid_positions = self._device(positions)
         index = self._device(place)
         kv_rows = (
-            self._kv_rows(tables, grid_positions, self._device(valid))
+            self.cache.at(tables, grid_positions, self._device(valid))
             .view(positions.size, -1)[index]
             .flatten()
         )
@@ -170,12 +175,17 @@ class Runner:
         rows = Rows(
             kv_rows, tables, causal_mask(grid_positions, tables.shape[1] * self.cache.block_size), index
         )
-        return model.hidden(ids, flat, self._attention(model, rows))
+        return self._hidden(model, ids, flat, self._attention(model, rows))
+
+    def _hidden(self, model: Decoder, ids: Tensor, positions: Tensor, attention: PagedAttention) -> Tensor:
+        if self.features is None or model is not self.target:
+            return model.hidden(ids, positions, attention)
+        return self.features.run(model, ids, positions, attention)
 
     def _attention(self, model: Decoder, rows: Rows) -> PagedAttention:
         return PagedAttention(self.cache, rows, drafting=model is not self.target)
 
-    def _tables(self, tables: np.ndarray, tokens: np.ndarray) -> Tensor:
+    def tables(self, tables: np.ndarray, tokens: np.ndarray) -> Tensor:
         """Block tables cut or padded to what `tokens [B]` need; blocks past a sequence's own are scratch."""
         count = -(-tokens // self.cache.block_size)
         width = padded_blocks(int(count.max()))
@@ -186,11 +196,6 @@ class Runner:
         return self._device(
             np.where(np.arange(width) < count[:, None], tables[:, :width], self.cache.scratch_block)
         )
-
-    def _kv_rows(self, tables: Tensor, positions: Tensor, inside: Tensor) -> Tensor:
-        blocks = tables.gather(1, positions // self.cache.block_size)
-        blocks = torch.where(inside, blocks, self.cache.sink_block)
-        return self.cache.rows(blocks.flatten(), (positions % self.cache.block_size).flatten())
 
     def _sink_rows(self, count: int) -> Tensor:
         blocks = torch.full((count,), self.cache.sink_block, device=self.device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rollout_spec.torch_backend.kv_cache import BlockPool, OutOfBlocks
-from rollout_spec.torch_backend.slots import Prompt, Sample, Slots
+from rollout_spec.torch_backend.slots import CONTEXT, KEPT, Prompt, Sample, Slots
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ class Scheduler:
             if sample.prompt.waiting:
                 shared = -(-(len(sample.prompt.tokens) - 1) // self.slots.block_size)
                 sample.prompt.blocks = self.slots.tables[chunk.slot, :shared].tolist()
+                sample.prompt.features = self.slots.features[chunk.slot].clip(
+                    max=len(sample.prompt.tokens) - 1
+                )
                 self.pool.share(sample.prompt.blocks)
                 self._keeping.add(sample.prompt)
 
@@ -150,6 +153,19 @@ class Scheduler:
         for slot in reversed(list(self.running)):
             self.preempt(slot)
         self._drop_prompts()
+
+    def features_from_now(self) -> None:
+        """Nothing computed so far has features: they are kept from the next pass on."""
+        running = np.asarray(self.running, np.int64)
+        self.slots.features[running, KEPT] = self.slots.computed[running]
+        for prompt in self._keeping:
+            prompt.features[KEPT] = len(prompt.tokens) - 1
+
+    def unread(self) -> None:
+        """What a drafter has read of the features counts no more."""
+        self.slots.features[:, CONTEXT:] = 0
+        for prompt in self._keeping:
+            prompt.features[CONTEXT:] = 0
 
     def release(self, slot: int) -> Sample:
         """Take a finished, aborted or preempted sample out of its slot."""

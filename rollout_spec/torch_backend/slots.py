@@ -12,6 +12,7 @@ from rollout_spec.contracts import FinishReason, SamplingParams
 
 _FIRST_COLUMNS = 1024
 PLAIN_STEPS, VERIFY_STEPS, DRAFTED, ACCEPTED = range(4)
+KEPT, CONTEXT, READ = range(3)
 
 
 @dataclass(eq=False)
@@ -23,12 +24,14 @@ class Prompt:
         waiting: Samples of this prompt that have no slot.
         blocks: KV blocks kept for those samples; None until some sample has prefilled them.
         leader: The sample that is prefilling this prompt, while it is.
+        features: Of those blocks, as in `Slots`.
     """
 
     tokens: np.ndarray
     waiting: int = 0
     blocks: list[int] | None = None
     leader: Sample | None = None
+    features: np.ndarray = field(default_factory=lambda: np.zeros(3, np.int64))
 
 
 @dataclass(eq=False)
@@ -51,6 +54,9 @@ class Sample:
     spec: np.ndarray = field(default_factory=lambda: np.zeros(4, np.int64))
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     version_starts: list[tuple[int, int]] = field(default_factory=list)
+    rejected: list[int] = field(
+        default_factory=list
+    )  # positions of drafts that fell, if somebody learns from them
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     started: float = math.nan  # on the clock of the trace that is being recorded
@@ -74,6 +80,8 @@ class Slots:
         tables: Block table `[capacity, max_blocks]`, padded with the scratch block; `num_blocks` are in use.
         logprobs: `[3, capacity, columns]`: full-policy, processed, and mask mass of each token.
         spec: Counters `[capacity, 4]`, see the constants of this module.
+        features: `[capacity, 3]`: the first position whose feature is `KEPT`, and of a drafter that reads features
+            the `CONTEXT` it sees, from this position on, and the pairs it has `READ`, those before this position.
     """
 
     def __init__(self, capacity: int, max_model_len: int, block_size: int, scratch_block: int) -> None:
@@ -94,6 +102,7 @@ class Slots:
         self.tables = np.full((capacity, -(-max_model_len // block_size)), scratch_block, np.int64)
         self.num_blocks = np.zeros(capacity, np.int64)
         self.spec = np.zeros((capacity, 4), np.int64)
+        self.features = np.zeros((capacity, 3), np.int64)
         self.end_tokens = np.full((capacity, 1), -1, np.int64)
         self._free = list(range(capacity - 1, -1, -1))
 
@@ -119,6 +128,7 @@ class Slots:
         self.computed[slot], self.limit[slot] = computed, sample.limit
         self.version[slot] = sample.version_starts[-1][1] if sample.version_starts else -1
         self.spec[slot] = sample.spec
+        self.features[slot] = sample.prompt.features if computed else 0
         self.stop_strings[slot], self.top_logprobs[slot] = (
             bool(sample.params.stop),
             bool(sample.params.logprobs),

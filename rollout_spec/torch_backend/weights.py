@@ -14,7 +14,7 @@ from torch import Tensor
 from rollout_spec.config import SpeculationConfig
 from rollout_spec.contracts import WeightError
 from rollout_spec.drafters.base import Drafter
-from rollout_spec.drafters.quantize import choose, get_quantizer, time_quantizers
+from rollout_spec.drafters.quantize import Quantizer, choose, get_quantizer, time_quantizers
 from rollout_spec.drafters.quantized import QuantizedSelfDrafter
 from rollout_spec.models.decoder import Decoder, DecoderWeights
 from rollout_spec.models.linear import make_linear
@@ -132,6 +132,10 @@ class PolicyWeights:
             self.drafter.commit(self.target, report.version)
         except Exception as error:
             self.drafter_error = error
+
+    def quantizer(self, kind: str) -> Quantizer | None:
+        """The kind's quantizer on this device; None for `none`."""
+        return None if kind == "none" else get_quantizer(kind, self.device, self.dtype)
 
     def discard(self) -> None:
         """Free the weights (sleep level 2); the next update brings new ones."""

@@ -8,7 +8,7 @@ import torch
 
 from rollout_spec import SamplingParams
 from rollout_spec.policy.baselines import Fixed, RandomLengths
-from rollout_spec.torch_backend.runner import Runner
+from rollout_spec.torch_backend.kv_cache import KVCache
 from rollout_spec.torch_backend.scheduler import Scheduler
 
 from .conftest import VOCAB
@@ -182,21 +182,21 @@ def test_no_write_lands_outside_a_requests_own_blocks(make_engine, plain, verifi
 
 
 def off_by_one_block(monkeypatch):
-    kv_rows = Runner._kv_rows
+    at = KVCache.at
 
     def shifted(self, tables, positions, inside):
-        return kv_rows(self, (tables + 1) % self.cache.num_blocks, positions, inside)
+        return at(self, (tables + 1) % self.num_blocks, positions, inside)
 
-    monkeypatch.setattr(Runner, "_kv_rows", shifted)
+    monkeypatch.setattr(KVCache, "at", shifted)
 
 
 def one_position_early(monkeypatch):
-    kv_rows = Runner._kv_rows
+    at = KVCache.at
 
     def early(self, tables, positions, inside):
-        return kv_rows(self, tables, (positions - 1).clamp_min(0), inside)
+        return at(self, tables, (positions - 1).clamp_min(0), inside)
 
-    monkeypatch.setattr(Runner, "_kv_rows", early)
+    monkeypatch.setattr(KVCache, "at", early)
 
 
 def nothing_reserved(monkeypatch):

@@ -1,0 +1,1 @@
+"""The spot trainer: workers that have finished their share of a rollout train the drafter until they are needed."""

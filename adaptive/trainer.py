@@ -1,0 +1,226 @@
+"""Training a drafter in units of one micro-batch, between any two of which it can be stopped, saved and resumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout_spec.adaptive.acceptance import Acceptance, measure
+from rollout_spec.adaptive.losses import Objective, log_distribution, tv
+from rollout_spec.adaptive.module import EagleModule, TargetTensors
+from rollout_spec.adaptive.packing import Batch, pack
+from rollout_spec.adaptive.samples import Episode
+from rollout_spec.contracts import RolloutSpecError, invalid
+
+
+class TrainingError(RolloutSpecError, RuntimeError):
+    """Training cannot go on; the message says at which step and why."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        learning_rate: Of AdamW, after the warm-up.
+        warmup_steps: Micro-batches over which the rate rises from 0.
+        total_steps: Micro-batches over which it then falls to `final_rate` of itself, along a half cosine; None:
+            it stays, as for training that has no end.
+        final_rate: See there.
+        weight_decay, betas: Of AdamW.
+        gradient_clip: Largest norm of the gradient.
+        unroll: Steps on the drafter's own states, as many as it is to draft (see `module`).
+        step_decay: Weight of a step's loss over that of the step before.
+        replay: What a prediction that verification rejected counts for beyond 1.
+        row_tokens: Longest row of a batch; longer episodes are cut.
+        autocast: Compute in bfloat16 what torch's autocast does; weights and their sums stay in float32.
+        objective: The loss.
+        seed: Of the initial weights.
+    """
+
+    learning_rate: float = 2e-3
+    warmup_steps: int = 30
+    total_steps: int | None = None
+    final_rate: float = 0.1
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clip: float = 1.0
+    unroll: int = 5
+    step_decay: float = 0.9
+    replay: float = 1.0
+    row_tokens: int = 512
+    autocast: bool = True
+    objective: Objective = field(default_factory=Objective)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "gradient_clip", "step_decay"):
+            if not getattr(self, name) > 0:
+                raise invalid(name, getattr(self, name), "use a number > 0")
+        for name in ("unroll", "row_tokens"):
+            if getattr(self, name) < 1:
+                raise invalid(name, getattr(self, name), "use an integer >= 1")
+        for name in ("warmup_steps", "replay", "weight_decay", "final_rate"):
+            if not getattr(self, name) >= 0:
+                raise invalid(name, getattr(self, name), "use a number >= 0")
+        if self.total_steps is not None and self.total_steps <= self.warmup_steps:
+            raise invalid("total_steps", self.total_steps, f"must exceed warmup_steps={self.warmup_steps}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of micro-batch `step`, from 0."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.total_steps is None or step < self.warmup_steps:
+            return self.learning_rate * warm
+        done = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Of one micro-batch, before its update.
+
+    Attributes:
+        step: Its number, from 0.
+        loss: The objective.
+        alpha: Mean of 1 - TV(p, q) at each step of the unrolling.
+        tokens: Predictions in the loss of step 0.
+        gradient_norm: Before clipping.
+        learning_rate: That it was applied with.
+    """
+
+    step: int
+    loss: float
+    alpha: tuple[float, ...]
+    tokens: int
+    gradient_norm: float
+    learning_rate: float
+
+
+Reduce = Callable[[list[Tensor]], None]
+"""Average gradients over workers, in place; called between the backward pass and the update."""
+
+
+class DrafterTrainer:
+    """Trains `module` on episodes of the target that `target` is of. Everything is deterministic.
+
+    Args:
+        module: Float32; trained in place.
+        target: Read only. Assign another after a policy update.
+        config: How.
+
+    Raises:
+        InvalidRequest: The objective does not fit the kind of drafter.
+    """
+
+    def __init__(self, module: EagleModule, target: TargetTensors, config: TrainConfig | None = None) -> None:
+        self.module, self.target, self.config = module, target, config or TrainConfig()
+        self.config.objective.check(module.spec.kind)
+        self.steps_done = 0
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, betas=self.config.betas, weight_decay=self.config.weight_decay
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self._parameters[0].device
+
+    def step(self, episodes: Sequence[Episode], reduce: Reduce | None = None) -> StepMetrics:
+        """Learn from one micro-batch: forward, backward, update. It can be interrupted after any call, not within.
+
+        Raises:
+            InvalidRequest: See `pack`.
+            TrainingError: The gradient is not finite; nothing was updated.
+        """
+        config = self.config
+        batch = pack(episodes, config.row_tokens, replay=config.replay).to(self.device)
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
+            loss, alpha = unrolled_loss(self.module, self.target, batch, config)
+        loss.backward()
+        if reduce is not None:
+            reduce([p.grad for p in self._parameters if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.gradient_clip)
+        rate = config.rate(self.steps_done)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"step {self.steps_done}: the gradient is {norm.item()}; lower learning_rate={config.learning_rate}"
+            )
+        self._optimizer.step()
+        step, self.steps_done = self.steps_done, self.steps_done + 1
+        shares = tuple(torch.stack(alpha).tolist())
+        return StepMetrics(step, loss.item(), shares, int((batch.weights > 0).sum()), norm.item(), rate)
+
+    def acceptance(self, episodes: Sequence[Episode], draft_length: int | None = None) -> Acceptance:
+        """Expected acceptance on held-out episodes, see `acceptance.measure`; None: at the length it is unrolled to."""
+        return measure(
+            self.module,
+            self.target,
+            episodes,
+            draft_length or self.config.unroll,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `step` depends on, but the target and the episodes. Tensors are referenced, not copied."""
+        return {
+            "steps_done": self.steps_done,
+            "config": asdict(self.config),
+            "module": self.module.state_dict(),
+            "optimizer": self._optimizer.state_dict()["state"],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            InvalidRequest: It was trained with another configuration.
+        """
+        if state["config"] != asdict(self.config):
+            differing = {k for k, v in asdict(self.config).items() if state["config"].get(k) != v}
+            raise invalid(
+                "config", sorted(differing), "resume with the configuration that training began with"
+            )
+        self.module.load_state_dict(state["module"])
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self.steps_done = state["steps_done"]
+
+
+def unrolled_loss(
+    module: EagleModule, target: TargetTensors, batch: Batch, config: TrainConfig
+) -> tuple[Tensor, list[Tensor]]:
+    """The objective over all steps of the unrolling, and per step the mean of 1 - TV(p, q).
+
+    In each step the loss is averaged over its predictions, by weight; the steps are averaged by `step_decay ** j`.
+    """
+    spec, counted = module.spec, (batch.weights > 0).flatten().nonzero()[:, 0]
+
+    def chosen(x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[counted]
+
+    next_features, weights = chosen(batch.next_features), chosen(batch.weights)
+    with torch.no_grad():
+        _, on_draft = log_distribution(target.logits(spec, next_features), module.draft_tokens)
+    total, scale, alpha = weights.new_zeros(()), 0.0, []
+    for step, states in enumerate(module.unroll(target, batch, config.unroll)):
+        used = chosen(batch.drafts(step)).nonzero()[:, 0]
+        if not len(used):
+            alpha.append(weights.new_zeros(()))
+            continue
+        mine, p, w = chosen(states)[used], on_draft[used], weights[used]
+        log_q = module.logits(target, mine).log_softmax(-1)
+        losses = config.objective(p, log_q, mine, next_features[used][:, -spec.hidden_size :])
+        factor = config.step_decay**step
+        total = total + factor * (losses * w).sum() / w.sum()
+        scale += factor
+        with torch.no_grad():
+            alpha.append(1.0 - tv(p, log_q).mean())
+    return total / max(scale, 1e-30), alpha

@@ -1,0 +1,142 @@
+"""Training learns, is deterministic, resumes bitwise, and leaves the target alone."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rollout_spec.adaptive.checkpoint import Checkpointer, read_checkpoint
+from rollout_spec.adaptive.losses import Objective
+from rollout_spec.adaptive.packing import EpisodeBatches
+from rollout_spec.adaptive.trainer import DrafterTrainer, TrainConfig, TrainingError
+from rollout_spec.contracts import InvalidRequest
+
+from .training_toys import KINDS, make_episodes, make_module, make_target
+
+CONFIG = TrainConfig(learning_rate=5e-3, warmup_steps=5, unroll=2, autocast=False)
+
+
+def make_trainer(kind="eagle", config=CONFIG, target=None):
+    module, tensors = make_module(target or make_target(), kind)
+    return DrafterTrainer(module, tensors, config)
+
+
+def target_tensors(target):
+    weights = target.weights
+    found = [weights.embed, weights.final_norm, weights.lm_head.dense()]
+    for layer in weights.layers:
+        found += [layer.input_norm, layer.post_norm, layer.qk_norm]
+        found += [linear.dense() for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thousand_updates_change_no_bit_of_the_target(kind):
+    target = make_target()
+    before = [tensor.clone() for tensor in target_tensors(target)]
+    trainer = make_trainer(kind, replace(CONFIG, unroll=1), target)
+    episodes = make_episodes(trainer.module.spec, (5, 7))
+    lent = [trainer.target.embed.clone(), trainer.target.lm_head.clone(), trainer.target.final_norm.clone()]
+    start = copy.deepcopy(trainer.module.state_dict())
+    for _ in range(1000):
+        trainer.step(episodes)
+    assert all(torch.equal(a, b) for a, b in zip(before, target_tensors(target)))
+    now = [trainer.target.embed, trainer.target.lm_head, trainer.target.final_norm]
+    assert all(torch.equal(a, b) for a, b in zip(lent, now)) and not any(x.requires_grad for x in now)
+    changed = [
+        name for name, tensor in trainer.module.state_dict().items() if not torch.equal(tensor, start[name])
+    ]
+    assert set(changed) == set(trainer.module.spec.parameter_shapes())
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(0.0, 0.1, 1.0), Objective(1.0, 0.1)])
+def test_the_loss_falls_and_acceptance_rises(objective):
+    trainer = make_trainer("eagle", replace(CONFIG, objective=objective))
+    episodes = make_episodes(trainer.module.spec)
+    first, before = trainer.step(episodes), trainer.acceptance(episodes)
+    for _ in range(150):
+        last = trainer.step(episodes)
+    assert last.loss < 0.8 * first.loss
+    assert trainer.acceptance(episodes).tau > before.tau
+    assert last.step == 150 and trainer.steps_done == 151
+
+
+def test_rejected_positions_count_for_more():
+    trainer = make_trainer()
+    (episode,) = make_episodes(trainer.module.spec, (14,))
+    nothing = replace(episode, rejected=torch.zeros(0, dtype=torch.int64))
+    a, b = (make_trainer().step([e]).loss for e in (episode, nothing))
+    assert a != b
+    off = replace(CONFIG, replay=0.0)
+    a, b = (make_trainer(config=off).step([e]).loss for e in (episode, nothing))
+    assert a == b
+
+
+def test_training_is_deterministic_and_resumes_bitwise(tmp_path):
+    straight, resumed = make_trainer("reduced"), make_trainer("reduced")
+    episodes = make_episodes(straight.module.spec)
+    order, again = EpisodeBatches(episodes, 16, seed=1), EpisodeBatches(episodes, 16, seed=1)
+    for _ in range(8):
+        straight.step(next(order))
+    for _ in range(4):
+        resumed.step(next(again))
+    saver = Checkpointer(tmp_path)
+    folder = saver.save(resumed, version=3, extra=again.state_dict()).result()
+    resumed.step(next(again))  # what was lost
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.version == 3
+    resumed = checkpoint.trainer(straight.target)
+    batches = EpisodeBatches(episodes, 16)
+    batches.load_state_dict(checkpoint.extra)
+    for _ in range(4):
+        resumed.step(next(batches))
+    assert resumed.steps_done == straight.steps_done == 8
+    ours, theirs = straight.state_dict(), resumed.state_dict()
+    for name, tensor in ours["module"].items():
+        assert torch.equal(tensor, theirs["module"][name]), name
+    for index, tensors in ours["optimizer"].items():
+        assert all(torch.equal(tensor, theirs["optimizer"][index][name]) for name, tensor in tensors.items())
+
+
+def test_resuming_with_another_configuration_is_refused():
+    trainer = make_trainer()
+    other = make_trainer(config=replace(CONFIG, learning_rate=1e-4))
+    with pytest.raises(InvalidRequest, match="learning_rate"):
+        other.load_state_dict(trainer.state_dict())
+
+
+def test_workers_average_their_gradients():
+    trainer, alone = make_trainer(), make_trainer()
+    episodes = make_episodes(trainer.module.spec)
+    trainer.step(episodes, reduce=lambda gradients: [g.zero_() for g in gradients] and None)
+    alone.step(episodes)
+    start = make_trainer().module.fc.weight
+    assert torch.equal(trainer.module.fc.weight, start) and not torch.equal(alone.module.fc.weight, start)
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing():
+    trainer = make_trainer()
+    (episode,) = make_episodes(trainer.module.spec, (9,))
+    broken = replace(episode, features=episode.features * torch.inf)
+    start = copy.deepcopy(trainer.module.state_dict())
+    with pytest.raises(TrainingError, match="step 0"):
+        trainer.step([broken])
+    assert all(torch.equal(tensor, start[name]) for name, tensor in trainer.module.state_dict().items())
+    trainer.step([episode])
+
+
+def test_the_rate_warms_up_and_falls():
+    config = TrainConfig(learning_rate=1.0, warmup_steps=4, total_steps=14, final_rate=0.1)
+    assert [config.rate(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert config.rate(9) == pytest.approx(0.55) and config.rate(14) == config.rate(99) == pytest.approx(0.1)
+    assert TrainConfig(learning_rate=1.0).rate(10_000) == 1.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": 0}, {"unroll": 0}, {"warmup_steps": -1}, {"total_steps": 30}, {"replay": -1}],
+)
+def test_options_without_sense_are_refused(options):
+    with pytest.raises(InvalidRequest, match=next(iter(options))):
+        TrainConfig(**options)
