@@ -12,6 +12,8 @@ import click
 import pytest
 import tomllib
 
+from rollout_spec.adaptive.checkpoint import CheckpointError
+from rollout_spec.adaptive.trainer import TrainingError
 from rollout_spec.cli import COMMANDS, main
 from rollout_spec.config import EngineConfig, SpeculationConfig
 from rollout_spec.contracts import Completion, RolloutSpecError, SamplingParams, SpecCounts, VersionSpan
@@ -145,16 +147,15 @@ def test_every_error_of_the_package_is_in_the_table() -> None:
         ours = {cls for cls in error.__subclasses__() if cls.__module__.startswith("rollout_spec.")}
         return {cls.__name__ for cls in ours}.union(*map(below, ours))
 
-    everything = below(RolloutSpecError) | {
-        e.__name__ for e in (UnsupportedVllm, UnsupportedVerl, UnsupportedTrl, PoolError, HalfUpdated)
-    }
+    adapters = (UnsupportedVllm, UnsupportedVerl, UnsupportedTrl, PoolError, HalfUpdated)
+    everything = below(RolloutSpecError) | {e.__name__ for e in (*adapters, CheckpointError, TrainingError)}
     assert {row[0].strip("`") for row in rows(section(API, "Errors"))} == everything
 
 
 def test_every_command_and_option_is_in_the_table() -> None:
     documented = {}
     for name, _, options in rows(section(API, "Command line")):
-        documented[re.sub(r" \[?[A-Z]+\]?$", "", name.strip("`").removeprefix("rollout-spec "))] = options
+        documented[re.sub(r"( \[?[A-Z]+\]?)+$", "", name.strip("`").removeprefix("rollout-spec "))] = options
     found = {}
     for name in COMMANDS:
         command = main.get_command(click.Context(main), name)

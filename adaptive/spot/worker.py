@@ -171,7 +171,8 @@ class Worker:
         """The task under way has ended."""
         task, self._running = self._running, None
         assert task is not None
-        order: Train | Evaluate = task.order
+        order = task.order
+        place = self.name, order.epoch, order.round
         if order is not self._order:  # void since
             return self._change() if self.status is Status.PREEMPTING else []
         self._done += 1
@@ -179,7 +180,6 @@ class Worker:
             return []
         self._order = None
         self.status = Status.IDLE
-        place = self.name, order.epoch, order.round
         if isinstance(order, Train):
             return [Contribution(*place, None if done.reason else done.state, done.reason)]
         return [Evaluated(*place, done.candidate, done.current, done.tokens, done.tensors, done.reason)]

@@ -1,4 +1,4 @@
-"""GRPO from end to end on the rollout engine: a small arithmetic policy learns from its grader. Runs on any CPU.
+"""GRPO from end to end on the rollout engine: a small arithmetic policy is trained on its grader's rewards. Runs on any CPU.
 
     python examples/grpo/train.py --steps 60 --speculation on --out grpo-run
 

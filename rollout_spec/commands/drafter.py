@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ def train_command(
 ) -> None:
     """Roll MODEL out at temperature 1 and train a drafter on what it sampled; one prompt in twenty is held out."""
     _threads(threads)
+    if png is not None and find_spec("matplotlib") is None:
+        raise invalid("--png", str(png), "needs matplotlib: install rollout-spec[plots]")
     if coverage is not None and kind == "eagle":
         raise invalid("--coverage", coverage, "kind 'eagle' uses the target's head; use --kind eagle3")
     warmup = min(30, steps // 4)
@@ -183,8 +186,15 @@ def eval_command(
 )
 @click.option("--target", default="", help="Name or path of the policy; for the speculators layout.")
 @click.option("--draft-length", type=click.IntRange(1, 64), default=5, show_default=True)
+@report_options
 def export_command(
-    checkpoint: Path, out: Path, layout: Any, dtype: str, target: str, draft_length: int
+    checkpoint: Path,
+    out: Path,
+    layout: Any,
+    dtype: str,
+    target: str,
+    draft_length: int,
+    json_path: Path | None,
 ) -> None:
     """Write the drafter of CHECKPOINT to the folder OUT as vLLM loads it."""
     saved = read_checkpoint(checkpoint)
@@ -197,7 +207,10 @@ def export_command(
         "model": str(folder),
         "num_speculative_tokens": draft_length,
     }
-    Console().print(f"vLLM: speculative_config={json.dumps(setting)}", highlight=False, soft_wrap=True)
+    console = Console()
+    console.print(f"vLLM: speculative_config={json.dumps(setting)}", highlight=False, soft_wrap=True)
+    results = {"folder": str(folder), "layout": layout, "speculative_config": setting}
+    finish(Report("drafter export", results, evidence_level=EvidenceLevel.L0), json_path, console)
 
 
 def draw(done: Trained, path: Path) -> None:

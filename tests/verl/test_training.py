@@ -123,9 +123,11 @@ def test_two_replicas_and_merged_lora(run_verl: RunVerl, tmp_path: Path) -> None
     answers = list(run.records("answers").values())
     assert len(answers) == 2 and min(map(len, answers)) > 0, "both replicas answer"
     check_counts(run)
-    check_logprobs_agree(run, 1e-5)
     check_versions(run, 2)
     first, last = (load_file(next(run.folder.glob(f"weights-*-{version}.safetensors"))) for version in (0, 2))
+    # verl sends merged weights in bfloat16 whatever the policy's dtype is. When it stops, ask for 1e-5 as elsewhere.
+    assert {tensor.dtype for tensor in last.values()} == {torch.bfloat16}
+    check_logprobs_agree(run, 1e-3)
     changed = {name for name in first if not torch.equal(first[name], last[name])}
     assert changed and all(name.endswith("proj.weight") for name in changed), "adapters change linears alone"
 
