@@ -51,7 +51,7 @@ class SmallTrainee:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
-        return float(loss)
+        return loss.item()
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and moments."""
