@@ -227,6 +227,80 @@ def vllm(size: str, pairs: int, only: str | None, seed: int, json_path: Path | N
     finish(Report("bench vllm", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
 
 
+@command.command("kernels")
+@click.option(
+    "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."
+)
+@click.option("--drafter", default="int4", show_default=True, help="A kind of quantized drafter.")
+@click.option("--pairs", type=click.IntRange(1, 100), default=7, show_default=True, help="Pairs per ratio.")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), default=None, help="CPU threads; default: torch's own."
+)
+@click.option(
+    "--llama-python",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=None,
+    help="Python of an environment with llama-cpp-python and gguf, to compare with llama.cpp.",
+)
+@click.option("--only", multiple=True, help="Run only these parts.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
+@report_options
+def kernels(
+    size: str,
+    drafter: str,
+    pairs: int,
+    threads: int | None,
+    llama_python: Path | None,
+    only: tuple[str, ...],
+    seed: int,
+    json_path: Path | None,
+) -> None:
+    """Plain bf16 decoding on the CPU kernels against the memory and other engines, and what drafting adds to it.
+
+    Parts: bandwidth, verify, llama (with --llama-python), transformers, vllm, speculation, requantization.
+    """
+    from rollout_spec.benchmarks.kernels import REQUANTIZE_SECONDS, KernelBenchmark
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    benchmark = KernelBenchmark(expanded_policy(size), drafter, pairs, seed, console)
+    parts: dict[str, Callable[[], None]] = {
+        "bandwidth": benchmark.bandwidth,
+        "verify": benchmark.verify,
+        "transformers": benchmark.against_transformers,
+        "vllm": benchmark.against_vllm,
+        "speculation": benchmark.speculation,
+        "requantization": benchmark.requantization,
+    }
+    if llama_python is not None:
+        parts["llama"] = lambda: benchmark.against_llama_cpp(llama_python)
+    unknown = [name for name in only if name not in parts]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r}: use one of {', '.join(parts)}", param_hint="--only")
+    for name, run in parts.items():
+        if not only or name in only:
+            run()
+    checks = []
+    for name, row in benchmark.ratios.items():
+        found = round(row["median_ratio"], 3)
+        if "at_most" in row:
+            checks.append(Check(name, found, f"<= {row['at_most']}", found <= row["at_most"]))
+        elif row["target"] is not None:
+            checks.append(Check(name, found, f">= {row['target']:.3g}", found >= row["target"]))
+    if "requantize_seconds" in benchmark.notes:
+        found = benchmark.notes["requantize_seconds"]
+        checks.append(
+            Check("re-quantizing, seconds", found, f"<= {REQUANTIZE_SECONDS}", found <= REQUANTIZE_SECONDS)
+        )
+    results = {
+        "model": f"shipped arithmetic policy, expanded to {size}",
+        "ratios": benchmark.ratios,
+        "notes": benchmark.notes,
+    }
+    finish(Report("bench kernels", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
+
+
 def _table(ratios: dict[str, dict[str, Any]]) -> Table:
     table = Table(
         "faster by", "median", "min-max", "asked for", box=None, header_style="bold", pad_edge=False

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rollout_spec.kernels.library import Kernels
 from rollout_spec.torch_backend.kv_cache import KVCache
 
 _LONG_CONTEXT = 1024  # tokens of all sequences together, from where plain products beat the stock CPU kernel
@@ -73,8 +74,13 @@ class PagedAttention:
 
     def __init__(self, cache: KVCache, rows: Rows, *, drafting: bool = False) -> None:
         self.cache, self.rows, self.drafting = cache, rows, drafting
+        self._kernels = cache.kernels()
+        if self._kernels is not None:
+            self._sequences, self._lengths = _sequences_and_lengths(rows)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._kernels is not None:
+            return self._own(self._kernels, layer, q, k, v)
         self.cache.store(layer, self.rows.kv_rows, k, v)
         batch, queries = self.rows.grid
         count, heads, head_dim = q.shape
@@ -90,12 +96,31 @@ class PagedAttention:
             return F.pad(out, (0, 0, 0, 1)).index_select(0, self.rows.scatter)
         return out if len(out) == count else F.pad(out, (0, 0, 0, count - len(out)))
 
+    def _own(self, kernels: Kernels, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        kernels.store_entries(k, v, self.rows.kv_rows, keys, values)
+        short = len(q) - len(self._lengths)  # padding rows without a place in the grid
+        sequences, lengths = (F.pad(x, (0, short)) if short else x for x in (self._sequences, self._lengths))
+        return kernels.attention(q, keys, values, self.rows.tables, sequences, lengths)
+
     def _kernel(self, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Rows], Tensor]:
         if q.is_cuda:
             return _stock
         if not self.drafting:
             return _fixed_order
         return _stock if self.rows.tables.numel() * self.cache.block_size < _LONG_CONTEXT else _free_order
+
+
+def _sequences_and_lengths(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Of every row: the line of its table, and how many entries it sees (0: it is padding)."""
+    batch, queries = rows.grid
+    lengths = (rows.mask == 0).sum(-1).flatten()
+    sequences = torch.arange(batch).repeat_interleave(queries)
+    if rows.scatter is None:
+        return sequences, lengths
+    sequences, lengths = (F.pad(x, (0, 1)) for x in (sequences, lengths))
+    place = rows.scatter.clamp_max(batch * queries)
+    return sequences[place], lengths[place]
 
 
 def _weights(q: Tensor, keys: Tensor, rows: Rows) -> Tensor:

@@ -1,0 +1,138 @@
+// y = x W' + b for a bf16 weight that was packed once.
+//
+// A weight [n, k] is packed into panels of 16 outputs, [n/16, k/2, 16, 2]: one line of a panel holds two columns of
+// 16 rows. Missing rows and columns are zeros. Every output is one chain of multiply-adds in float32 in the order
+// of the columns, whichever rows, panels and threads share the work: its bits depend on its own row alone.
+#include "layout.h"
+
+namespace {
+
+// Convert rows of x into what the dot products read, a zero behind an odd number of columns.
+template <typename Operand>
+void convert_row(const bf16* x, int64_t k, int64_t padded, Operand* out) {
+    for (int64_t i = 0; i < k; i++) out[i] = sizeof(Operand) == 2 ? (Operand)x[i] : (Operand)widen(x[i]);
+    if (padded > k) out[k] = 0;
+}
+
+template <int ROWS, int PANELS>
+INLINE void tile(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, F16 (&sums)[ROWS][PANELS]) {
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PANELS; p++) sums[r][p] = zeros();
+    for (int64_t i = 0; i < k; i += 2) {
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++) {
+            const bf16* line = w + p * panel + i * PANEL;
+            __builtin_prefetch((const char*)line + 2048);
+            Pairs pairs = load_pairs(line);
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; r++) sums[r][p] = dot(sums[r][p], pairs, x + r * k + i);
+        }
+    }
+}
+
+struct Output {
+    bf16* y;
+    const bf16* bias;
+    int64_t n;
+
+    void write(F16 sum, int64_t row, int64_t column) const {
+        float values[PANEL];
+        store(values, sum);
+        int64_t count = least(PANEL, n - column);
+        for (int64_t i = 0; i < count; i++)
+            y[row * n + column + i] = narrow(bias ? values[i] + widen(bias[column + i]) : values[i]);
+    }
+};
+
+template <int ROWS, int PANELS>
+void rows_of_panels(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, int64_t row, int64_t column,
+                    const Output& out) {
+    F16 sums[ROWS][PANELS];
+    tile<ROWS, PANELS>(w, panel, x + row * k, k, sums);
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PANELS; p++) out.write(sums[r][p], row + r, column + p * PANEL);
+}
+
+typedef void (*RowsOfPanels)(const bf16*, int64_t, const bf16_operand*, int64_t, int64_t, int64_t, const Output&);
+
+template <int PANELS, int ROWS>
+struct Tiles {
+    static RowsOfPanels of(int64_t rows) {
+        return rows == ROWS ? rows_of_panels<ROWS, PANELS> : Tiles<PANELS, ROWS - 1>::of(rows);
+    }
+};
+template <int PANELS>
+struct Tiles<PANELS, 0> {
+    static RowsOfPanels of(int64_t) { return nullptr; }
+};
+
+// All rows of one or two panels, in tiles of nearly equal height.
+template <int PANELS, int MOST>
+void panels_times_rows(const bf16* w, int64_t panel, const bf16_operand* x, int64_t m, int64_t k, int64_t column,
+                       const Output& out) {
+    int64_t tiles = (m + MOST - 1) / MOST;
+    for (int64_t row = 0; tiles; tiles--) {
+        int64_t rows = (m - row + tiles - 1) / tiles;
+        Tiles<PANELS, MOST>::of(rows)(w, panel, x, k, row, column, out);
+        row += rows;
+    }
+}
+
+}  // namespace
+
+// Elements of the packed form of a weight [n, k].
+EXPORT int64_t bf16_packed_size(int64_t n, int64_t k) { return round_up(n, PANEL) * round_up(k, 2); }
+
+EXPORT void bf16_pack(const bf16* weight, int64_t n, int64_t k, bf16* packed, int threads) {
+    int64_t panels = round_up(n, PANEL) / PANEL, padded = round_up(k, 2);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        bf16* rows = allocate<bf16>(PANEL * padded);  // of a panel that is not whole
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; p++) {
+            const bf16* source = weight + p * PANEL * k;
+            if (k % 2 || (p + 1) * PANEL > n) {
+                memset(rows, 0, PANEL * padded * sizeof(bf16));
+                for (int64_t r = 0; r < least(PANEL, n - p * PANEL); r++)
+                    memcpy(rows + r * padded, source + r * k, k * sizeof(bf16));
+                source = rows;
+            }
+            rows_to_lines((const uint32_t*)source, padded / 2, padded / 2, (uint32_t*)(packed + p * PANEL * padded));
+        }
+        free(rows);
+    }
+}
+
+EXPORT void bf16_unpack(const bf16* packed, int64_t n, int64_t k, bf16* weight) {
+    int64_t padded = round_up(k, 2);
+    for (int64_t row = 0; row < n; row++)
+        for (int64_t i = 0; i < k; i++)
+            weight[row * k + i] = packed[(row / PANEL * padded + i / 2 * 2) * PANEL + row % PANEL * 2 + i % 2];
+}
+
+// x [m, k] and y [m, n] contiguous; bias [n] or null.
+EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf16* packed, const bf16* bias, bf16* y,
+                        int threads) {
+    int64_t padded = round_up(k, 2), panel = PANEL * padded, pairs = (round_up(n, PANEL) / PANEL + 1) / 2;
+    bf16_operand* operands = allocate<bf16_operand>(m * padded);
+    Output out = {y, bias, n};
+    if (m * n * k < 1 << 16) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < m; row++) convert_row(x + row * k, k, padded, operands + row * padded);
+#pragma omp for schedule(static)
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            int64_t column = pair * 2 * PANEL;
+            const bf16* w = packed + column * padded;
+            bool both = column + PANEL < n;
+            if (both && m <= BF16_ROWS_OF_PAIR) {
+                panels_times_rows<2, BF16_ROWS_OF_PAIR>(w, panel, operands, m, padded, column, out);
+            } else {
+                panels_times_rows<1, BF16_ROWS>(w, panel, operands, m, padded, column, out);
+                if (both) panels_times_rows<1, BF16_ROWS>(w + panel, panel, operands, m, padded, column + PANEL, out);
+            }
+        }
+    }
+    free(operands);
+}
