@@ -101,13 +101,24 @@ def runtime_rows() -> Iterator[Row]:
         yield Row("memory", Status.OK, found)
 
 
+def _kernels() -> Row:
+    """Which CPU kernels would be used; says so without building them."""
+    from rollout_spec.kernels.build import Unavailable, variant
+
+    try:
+        return Row("CPU kernels", Status.OK, f"{variant()}, built on first use")
+    except Unavailable as reason:
+        return Row("CPU kernels", Status.MISSING, "torch's own are used", str(reason))
+
+
 def hardware_rows() -> Iterator[Row]:
     """The CPU features the kernels use, and CUDA devices."""
     import torch
 
     model, features = cpu_model()
     yield Row("CPU", Status.OK, f"{model}, {psutil.cpu_count(logical=False)} cores")
-    emulated = "bf16 is emulated: use dtype=float32 and int8 drafters"
+    yield _kernels()
+    emulated = "without this project's kernels bf16 is emulated: use dtype=float32 and int8 drafters"
     for name, kinds, remedy in (
         ("bf16 products", ("avx512_bf16", "amx_bf16"), emulated),
         ("int8 products", ("avx512_vnni", "avx_vnni", "amx_int8"), "nothing; int8 drafters run, slower"),

@@ -16,7 +16,7 @@ logger = logging.getLogger("rollout_spec")
 
 KINDS = {"int8": 0, "int4": 1, "nf4": 2}  # as in nf4.h
 
-_POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _CACHE, _ROWS = [_POINTER, _POINTER, *[_SIZE] * 5], [_POINTER, _SIZE, _POINTER, _POINTER, _SIZE]
 _ATTENTION_INPUTS = [_INT, _POINTER, _SIZE, *_CACHE, *_ROWS]
 _SIGNATURES = {
@@ -29,6 +29,12 @@ _SIGNATURES = {
         [_SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER],
         None,
     ),
+    "rms_norm": ([_INT, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT, _POINTER, _INT], None),
+    "norm_rotate": (
+        [_INT, _POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _FLOAT, _INT],
+        None,
+    ),
+    "gated_silu": ([_INT, _POINTER, _SIZE, _SIZE, _POINTER, _INT], None),
     "quantized_size": ([_INT, _SIZE, _SIZE], _SIZE),
     "quantize": ([_INT, _INT, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _INT], None),
     "quantized_linear": (
@@ -145,6 +151,50 @@ class Kernels:
             k.element_size(), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), rows.data_ptr(), count, kv_heads,
             head_dim, keys.data_ptr(), values.data_ptr(),
         )  # fmt: skip
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x `[R, H]` over its root mean square, rounded to its dtype (float32 or bfloat16), times weight `[H]`."""
+        is_bf16, x = _is_bf16(x), x.contiguous()
+        out = torch.empty_like(x)
+        self._rms_norm(
+            is_bf16, x.data_ptr(), weight.data_ptr(), *x.shape, eps, out.data_ptr(), torch.get_num_threads()
+        )
+        return out
+
+    def norm_rotate(
+        self, x: Tensor, heads: int, weight: Tensor | None, cosine: Tensor, signed_sine: Tensor, eps: float
+    ) -> None:
+        """Normalise, if weight `[heads, head_dim]` is given, and rotate the first `heads` heads of x, in place.
+
+        Args:
+            x: `[R, all heads, head_dim]` contiguous, float32 or bfloat16.
+            heads: How many are rotated.
+            weight: Of the norm, a line per head.
+            cosine: `[R, 1, head_dim]`, contiguous, as `RotaryTable` gives it.
+            signed_sine: The same.
+            eps: Added to the mean square.
+        """
+        rows, every, head_dim = x.shape
+        assert (
+            x.is_contiguous()
+            and cosine.is_contiguous()
+            and signed_sine.is_contiguous()
+            and cosine.dtype == x.dtype
+        )
+        self._norm_rotate(
+            x.dtype == torch.bfloat16, x.data_ptr(), every * head_dim, None if weight is None else weight.data_ptr(),
+            cosine.data_ptr(), signed_sine.data_ptr(), rows, heads, head_dim, eps, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def gated_silu(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up of gate_up `[R, 2F]`, gate first; `[R, F]` in its dtype, float32 or bfloat16."""
+        is_bf16, gate_up = _is_bf16(gate_up), gate_up.contiguous()
+        rows, width = gate_up.shape
+        out = torch.empty((rows, width // 2), dtype=gate_up.dtype)
+        self._gated_silu(
+            is_bf16, gate_up.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads()
+        )
+        return out
 
 
 def _heads_together(x: Tensor) -> Tensor:

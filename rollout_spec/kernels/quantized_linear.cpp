@@ -110,9 +110,9 @@ struct FourBits {
             NibbleSums sums[R];
             for (int r = 0; r < R; r++) sums[r] = nibble_zeros();
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
+            for (int half = 0; half < LINES; half += 4) {
 #pragma GCC unroll 4
-                for (int t = half * LINES / 2; t < (half + 1) * LINES / 2; t++) {
+                for (int t = half; t < half + 4; t++) {
                     __builtin_prefetch(w + t * 64 + 2048);
                     Nibbles line = load_nibbles<NF4_CODES>(w + t * 64, table);
 #pragma GCC unroll 8

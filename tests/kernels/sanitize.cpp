@@ -3,6 +3,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <initializer_list>
+
 extern "C" {
 int64_t bf16_packed_size(int64_t, int64_t);
 void bf16_pack(const uint16_t*, int64_t, int64_t, uint16_t*, int);
@@ -11,13 +13,16 @@ void bf16_linear(const uint16_t*, int64_t, int64_t, int64_t, const uint16_t*, co
 int64_t quantized_size(int, int64_t, int64_t);
 void quantize(int, int, const void*, int64_t, int64_t, uint8_t*, float*, int);
 void quantized_linear(int, int, const void*, int64_t, int64_t, int64_t, const uint8_t*, const float*, void*, int);
+void attention(int, const void*, int64_t, const void*, const void*, int64_t, int64_t, int64_t, int64_t, int64_t,
+               const int64_t*, int64_t, const int64_t*, const int64_t*, int64_t, void*, int);
+void rms_norm(int, const void*, const void*, int64_t, int64_t, float, void*, int);
+void norm_rotate(int, void*, int64_t, const void*, const void*, const void*, int64_t, int64_t, int64_t, float, int);
+void gated_silu(int, const void*, int64_t, int64_t, void*, int);
+void store_entries(int64_t, const void*, int64_t, const void*, int64_t, const int64_t*, int64_t, int64_t, int64_t, void*,
+                   void*);
 }
 
-#ifdef BREAK_ON_PURPOSE
-constexpr int SHORT = 1;  // the last output has no place
-#else
-constexpr int SHORT = 0;
-#endif
+static int64_t missing = 0;  // places that an output lacks, to see that it is noticed
 
 template <typename T>
 static T* buffer(int64_t count) {
@@ -39,7 +44,7 @@ static void quantized(int kind, int64_t m, int64_t n, int64_t k) {
 
 static void bf16(int64_t m, int64_t n, int64_t k) {
     uint16_t *weight = buffer<uint16_t>(n * k), *x = buffer<uint16_t>(m * k);
-    uint16_t* y = buffer<uint16_t>(m * n > SHORT ? m * n - SHORT : m * n);
+    uint16_t* y = buffer<uint16_t>(m * n > missing ? m * n - missing : m * n);
     uint16_t *packed = buffer<uint16_t>(bf16_packed_size(n, k)), *bias = buffer<uint16_t>(n);
     bf16_pack(weight, n, k, packed, 2);
     bf16_linear(x, m, k, n, packed, nullptr, y, 2);
@@ -48,7 +53,46 @@ static void bf16(int64_t m, int64_t n, int64_t k) {
     free(weight), free(x), free(y), free(packed), free(bias);
 }
 
-int main() {
+// Two sequences of one and three blocks; the last block ends the cache, and the last row fills it.
+template <typename Float>
+static void attend(int64_t dim, int64_t group, int64_t kv_heads, int64_t block) {
+    int64_t heads = group * kv_heads, blocks = 4, rows = 5;
+    int64_t tables[] = {1, 0, 0, 0, 2, 3}, sequences[] = {0, 0, 1, 1, 1}, lengths[] = {1, block, block + 1, 0, 3 * block};
+    Float *q = buffer<Float>(rows * heads * dim), *out = buffer<Float>(rows * heads * dim);
+    Float *keys = buffer<Float>(kv_heads * blocks * block * dim), *values = buffer<Float>(kv_heads * blocks * block * dim);
+    Float *k = buffer<Float>(rows * kv_heads * dim), *v = buffer<Float>(rows * kv_heads * dim);
+    int64_t* places = (int64_t*)malloc(rows * kv_heads * sizeof(int64_t));
+    for (int64_t i = 0; i < rows * kv_heads; i++) places[i] = kv_heads * blocks * block - 1 - i;
+    store_entries(sizeof(Float), k, kv_heads * dim, v, kv_heads * dim, places, rows, kv_heads, dim, keys, values);
+    for (int threads : {1, 2})
+        attention(sizeof(Float) == 2, q, heads * dim, keys, values, blocks * block * dim, block, dim, heads, kv_heads,
+                  tables, 3, sequences, lengths, rows, out, threads);
+    free(q), free(out), free(keys), free(values), free(k), free(v), free(places);
+}
+
+template <typename Float>
+static void elementwise(int64_t rows, int64_t size) {
+    int64_t heads = 3, every = 4;
+    Float *x = buffer<Float>(rows * size), *weight = buffer<Float>(size), *out = buffer<Float>(rows * size);
+    Float *qkv = buffer<Float>(rows * every * 2 * size), *norms = buffer<Float>(heads * 2 * size);
+    Float *cosine = buffer<Float>(rows * 2 * size), *sine = buffer<Float>(rows * 2 * size);
+    Float* gate_up = buffer<Float>(rows * 2 * size);
+    int is_bf16 = sizeof(Float) == 2;
+    rms_norm(is_bf16, x, weight, rows, size, 1e-6f, out, 2);
+    for (const Float* norm : {(const Float*)norms, (const Float*)nullptr})
+        norm_rotate(is_bf16, qkv, every * 2 * size, norm, cosine, sine, rows, heads, 2 * size, 1e-6f, 2);
+    gated_silu(is_bf16, gate_up, rows, size, out, 2);
+    free(x), free(weight), free(out), free(qkv), free(norms), free(cosine), free(sine), free(gate_up);
+}
+
+int main(int count, char**) {
+    missing = count - 1;
+    for (int64_t size : {1, 5, 16, 33, 64})
+        for (int64_t rows : {0, 1, 3, 400}) elementwise<uint16_t>(rows, size), elementwise<float>(rows, size);
+    for (int64_t dim : {16, 64, 80, 128})
+        for (int64_t group : {1, 3})
+            for (int64_t block : {8, 16, 64}) attend<uint16_t>(dim, group, 2, block), attend<float>(dim, group, 2, block);
+
     const int64_t sizes[] = {1, 2, 15, 16, 17, 33, 63, 64, 65, 130};
     for (int64_t n : sizes)
         for (int64_t k : sizes)

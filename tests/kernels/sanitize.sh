@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # sanitize.sh SCRATCH [FLAG...]: builds the kernels with AddressSanitizer and UBSan and runs them on tight buffers.
+# `SCRATCH/sanitize break` then runs them with an output one element too short.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 kernels=$here/../../rollout_spec/kernels

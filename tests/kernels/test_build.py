@@ -140,13 +140,15 @@ def test_without_them_stock_layers_are_used_and_one_line_says_so(cache, monkeypa
 
 
 ENGINE = """
-import torch
-from tests.engine.conftest import make_model
-from rollout_spec import EngineConfig, RolloutEngine, SamplingParams
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from rollout_spec import RolloutEngine, SamplingParams
+model = Qwen3ForCausalLM(Qwen3Config(
+    vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
+)).eval()
 for dtype in ("float32", "bfloat16"):
-    engine = RolloutEngine.from_model(make_model(), dtype=dtype, speculation={"drafter": "int8", "draft_length": 3})
+    engine = RolloutEngine.from_model(model, dtype=dtype, speculation={"drafter": "int8", "draft_length": 3})
     done = engine.generate([[5, 6, 7]], SamplingParams(max_tokens=20, seed=1))
-    assert engine.stats().accepted_tokens > 0
     print(dtype, len(done), type(engine.backend.weights.target.weights.lm_head).__name__)
 """
 
