@@ -7,25 +7,42 @@
 
 namespace {
 
-// Convert rows of x into what the dot products read, a zero behind an odd number of columns.
-template <typename Operand>
-void convert_row(const bf16* x, int64_t k, int64_t padded, Operand* out) {
-    for (int64_t i = 0; i < k; i++) out[i] = sizeof(Operand) == 2 ? (Operand)x[i] : (Operand)widen(x[i]);
-    if (padded > k) out[k] = 0;
+// The rows of x in tiles of nearly equal height, at most `most`.
+struct Tiling {
+    int64_t rows, count;
+    Tiling(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
+    int64_t start(int64_t tile) const { return tile * (rows / count) + least(tile, rows % count); }
+    int64_t height(int64_t tile) const { return rows / count + (tile < rows % count); }
+};
+
+// What one step of a dot product reads of a row: one column, or a pair of them.
+constexpr int64_t UNIT = 2 / LINE_PARTS;
+
+// Rows of a tile as the dot products read them, [k / UNIT, height, UNIT]; a zero follows an odd number of columns.
+void interleave(const bf16* x, int64_t k, int64_t padded, int64_t height, bf16_operand* out) {
+    for (int64_t r = 0; r < height; r++)
+        for (int64_t i = 0; i < padded; i++) {
+            bf16 value = i < k ? x[r * k + i] : 0;
+            bf16_operand* place = out + (i / UNIT * height + r) * UNIT + i % UNIT;
+            *place = sizeof(bf16_operand) == 2 ? (bf16_operand)value : (bf16_operand)widen(value);
+        }
 }
 
 template <int ROWS, int PANELS>
 INLINE void tile(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, F16 (&sums)[ROWS][PANELS]) {
     for (int r = 0; r < ROWS; r++)
         for (int p = 0; p < PANELS; p++) sums[r][p] = zeros();
-    for (int64_t i = 0; i < k; i += 2) {
+    for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL, x += 2 * ROWS) {
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) {
-            const bf16* line = w + p * panel + i * PANEL;
+            const bf16* line = w + p * panel;
             __builtin_prefetch((const char*)line + 2048);
-            Pairs pairs = load_pairs(line);
+#pragma GCC unroll 2
+            for (int part = 0; part < LINE_PARTS; part++) {
+                LinePart weights = load_part(line, part);
 #pragma GCC unroll 16
-            for (int r = 0; r < ROWS; r++) sums[r][p] = dot(sums[r][p], pairs, x + r * k + i);
+                for (int r = 0; r < ROWS; r++) sums[r][p] = dot(sums[r][p], weights, x + (part * ROWS + r) * UNIT);
+            }
         }
     }
 }
@@ -66,16 +83,12 @@ struct Tiles<PANELS, 0> {
     static RowsOfPanels of(int64_t) { return nullptr; }
 };
 
-// All rows of one or two panels, in tiles of nearly equal height.
+// All rows of one or two panels.
 template <int PANELS, int MOST>
-void panels_times_rows(const bf16* w, int64_t panel, const bf16_operand* x, int64_t m, int64_t k, int64_t column,
-                       const Output& out) {
-    int64_t tiles = (m + MOST - 1) / MOST;
-    for (int64_t row = 0; tiles; tiles--) {
-        int64_t rows = (m - row + tiles - 1) / tiles;
-        Tiles<PANELS, MOST>::of(rows)(w, panel, x, k, row, column, out);
-        row += rows;
-    }
+void panels_times_rows(const bf16* w, int64_t panel, const bf16_operand* x, const Tiling& tiling, int64_t k,
+                       int64_t column, const Output& out) {
+    for (int64_t t = 0; t < tiling.count; t++)
+        Tiles<PANELS, MOST>::of(tiling.height(t))(w, panel, x, k, tiling.start(t), column, out);
 }
 
 }  // namespace
@@ -114,24 +127,29 @@ EXPORT void bf16_unpack(const bf16* packed, int64_t n, int64_t k, bf16* weight) 
 EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf16* packed, const bf16* bias, bf16* y,
                         int threads) {
     int64_t padded = round_up(k, 2), panel = PANEL * padded, pairs = (round_up(n, PANEL) / PANEL + 1) / 2;
+    bool few = m <= BF16_ROWS_OF_PAIR;  // then two panels at a time, to have enough sums under way
+    Tiling tiling(m, few ? BF16_ROWS_OF_PAIR : BF16_ROWS);
     bf16_operand* operands = allocate<bf16_operand>(m * padded);
     Output out = {y, bias, n};
     if (m * n * k < 1 << 16) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < m; row++) convert_row(x + row * k, k, padded, operands + row * padded);
+        for (int64_t t = 0; t < tiling.count; t++) {
+            int64_t row = tiling.start(t);
+            interleave(x + row * k, k, padded, tiling.height(t), operands + row * padded);
+        }
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < pairs; pair++) {
             int64_t column = pair * 2 * PANEL;
             const bf16* w = packed + column * padded;
             bool both = column + PANEL < n;
-            if (both && m <= BF16_ROWS_OF_PAIR) {
-                panels_times_rows<2, BF16_ROWS_OF_PAIR>(w, panel, operands, m, padded, column, out);
-            } else {
-                panels_times_rows<1, BF16_ROWS>(w, panel, operands, m, padded, column, out);
-                if (both) panels_times_rows<1, BF16_ROWS>(w + panel, panel, operands, m, padded, column + PANEL, out);
+            if (few && both) {
+                panels_times_rows<2, BF16_ROWS_OF_PAIR>(w, panel, operands, tiling, padded, column, out);
+                continue;
             }
+            panels_times_rows<1, BF16_ROWS>(w, panel, operands, tiling, padded, column, out);
+            if (both) panels_times_rows<1, BF16_ROWS>(w + panel, panel, operands, tiling, padded, column + PANEL, out);
         }
     }
     free(operands);

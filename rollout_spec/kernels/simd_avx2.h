@@ -34,15 +34,17 @@ INLINE I16 plus(I16 v, int32_t n) {
     return {_mm256_add_epi32(v.a, w), _mm256_add_epi32(v.b, w)};
 }
 
-// bf16: sixteen pairs of weights (k, k + 1), a pair per lane.
-struct Pairs { F16 even, odd; };
-INLINE Pairs load_pairs(const bf16* p) {
-    const __m256i mask = _mm256_set1_epi32(0xffff0000);
+// bf16: sixteen pairs of weights (k, k + 1), a pair per lane: first the even columns of a line, then the odd ones, so
+// that fewer registers are in use at a time.
+constexpr int LINE_PARTS = 2;
+typedef F16 LinePart;
+INLINE LinePart load_part(const bf16* p, int part) {
     __m256i a = _mm256_loadu_si256((const __m256i*)p), b = _mm256_loadu_si256((const __m256i*)(p + 16));
-    return {{_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))},
-            {_mm256_castsi256_ps(_mm256_and_si256(a, mask)), _mm256_castsi256_ps(_mm256_and_si256(b, mask))}};
+    if (part == 0) return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+    const __m256i mask = _mm256_set1_epi32(0xffff0000);
+    return {_mm256_castsi256_ps(_mm256_and_si256(a, mask)), _mm256_castsi256_ps(_mm256_and_si256(b, mask))};
 }
-INLINE F16 dot(F16 sum, Pairs w, const bf16_operand* x) { return fma(w.odd, x[1], fma(w.even, x[0], sum)); }
+INLINE F16 dot(F16 sum, LinePart w, const bf16_operand* x) { return fma(w, *x, sum); }
 
 // 8 bits: sixteen quadruples of weights; exact sums of 16-bit products, two sums per lane until the end.
 struct Bytes { __m256i part[4]; };

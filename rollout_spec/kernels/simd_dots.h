@@ -7,9 +7,10 @@ INLINE int32_t word(const void* p) {
     return bits;
 }
 
-struct Pairs { I16 line; };
-INLINE Pairs load_pairs(const bf16* p) { return {load_line(p)}; }
-INLINE F16 dot(F16 sum, Pairs w, const bf16_operand* x) { return dot_bf16(sum, w.line, word(x)); }
+constexpr int LINE_PARTS = 1;
+struct LinePart { I16 pairs; };
+INLINE LinePart load_part(const bf16* p, int) { return {load_line(p)}; }
+INLINE F16 dot(F16 sum, LinePart w, const bf16_operand* x) { return dot_bf16(sum, w.pairs, word(x)); }
 
 struct Bytes { I16 line; };
 struct ByteSums { I16 sum; };
