@@ -113,7 +113,8 @@ class NeverSlower:
                 "plain_seconds": round(float(np.median(first)), 4),
             }
             self.console.print(
-                f"{name}: {row['median_ratio']:.3f} ({row['lower_95']:.3f}-{row['upper_95']:.3f})", highlight=False
+                f"{name}: {row['median_ratio']:.3f} ({row['lower_95']:.3f}-{row['upper_95']:.3f})",
+                highlight=False,
             )
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rollout_spec.benchmarks.engine import EngineBenchmark
 from rollout_spec.benchmarks.longtail import RULES, LongTail
 from rollout_spec.benchmarks.never_slower import NeverSlower, decision_microseconds, toggling_overhead
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.example_policy import SIZES, expanded_policy
 from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, report_options
 
@@ -232,7 +233,7 @@ def vllm(size: str, pairs: int, only: str | None, seed: int, json_path: Path | N
 @click.option(
     "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."
 )
-@click.option("--drafter", default="int4", show_default=True, help="A kind of quantized drafter.")
+@click.option("--drafter", default=None, help="A kind of quantized drafter; default: the usual one here.")
 @click.option("--pairs", type=click.IntRange(1, 100), default=7, show_default=True, help="Pairs per ratio.")
 @click.option(
     "--threads", type=click.IntRange(1, 1024), default=None, help="CPU threads; default: torch's own."
@@ -248,7 +249,7 @@ def vllm(size: str, pairs: int, only: str | None, seed: int, json_path: Path | N
 @report_options
 def kernels(
     size: str,
-    drafter: str,
+    drafter: str | None,
     pairs: int,
     threads: int | None,
     llama_python: Path | None,
@@ -265,6 +266,7 @@ def kernels(
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console()
+    drafter = drafter or usual_quantizer("cpu", torch.bfloat16)
     benchmark = KernelBenchmark(expanded_policy(size), drafter, pairs, seed, console)
     parts: dict[str, Callable[[], None]] = {
         "bandwidth": benchmark.bandwidth,
