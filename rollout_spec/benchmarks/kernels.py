@@ -21,6 +21,7 @@ from rollout_spec.contracts import Completion, SamplingParams
 from rollout_spec.drafters.quantize import get_quantizer
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import load_problems
+from rollout_spec.kernels.library import kernels
 from rollout_spec.models.checkpoint import read_checkpoint
 from rollout_spec.models.weights import WeightAssembler, is_linear
 from rollout_spec.policy.baselines import Fixed, Off
@@ -29,6 +30,8 @@ DRAFT_LENGTH = {1: 4, 4: 3}  # by live batch; fixed beforehand
 SPEEDUP = {1: 1.6, 4: 1.12}
 VERIFY_ROWS, VERIFY_OVER_ONE = 5, 1.15
 BANDWIDTH = {1: 0.70, 2: 0.80}  # of a streaming read, by threads
+OUTSIDE = 0.15
+KERNELS = ("bf16_linear", "attention", "store_entries", "rms_norm", "norm_rotate", "gated_silu")
 REQUANTIZE_SECONDS, REQUANTIZE_OVER_COPY = 1.0, 1.5
 _TOKENS, _CONTEXT, _STEPS = 96, 64, 24
 _READ_BYTES = 1 << 29
@@ -77,6 +80,41 @@ class KernelBenchmark:
         """A pass over five rows of a sequence, against a pass over one."""
         self._pair("five rows over one", self._passes(VERIFY_ROWS), self._passes(1), None)
         self.ratios["five rows over one"]["at_most"] = VERIFY_OVER_ONE
+
+    def overhead(self) -> None:
+        """The share of plain decoding's time that is spent outside the kernels, sampling included."""
+        own = kernels()
+        assert own is not None, "there are no kernels here"
+        run, spent = self._plain(1), 0.0
+
+        def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+            def inner(*arguments: Any) -> Any:
+                nonlocal spent
+                start = time.perf_counter()
+                result = call(*arguments)
+                spent += time.perf_counter() - start
+                return result
+
+            return inner
+
+        run()
+        shares = []
+        try:
+            for name in KERNELS:
+                setattr(own, name, timed(getattr(own, name)))
+            for _ in range(self.pairs):
+                spent = 0.0
+                total = _seconds(run)
+                shares.append(1 - spent / total)
+        finally:
+            for name in KERNELS:
+                vars(own).pop(name, None)
+        self.notes["share_outside_kernels"] = {
+            "median": round(statistics.median(shares), 4),
+            "min": round(min(shares), 4),
+            "max": round(max(shares), 4),
+            "at_most": OUTSIDE,
+        }
 
     def against_llama_cpp(self, python: Path) -> None:
         """Passes without sampling on both sides, on the same weights and as many cached tokens."""

@@ -259,7 +259,7 @@ def kernels(
 ) -> None:
     """Plain bf16 decoding on the CPU kernels against the memory and other engines, and what drafting adds to it.
 
-    Parts: bandwidth, verify, llama (with --llama-python), transformers, vllm, speculation, requantization.
+    Parts: bandwidth, verify, overhead, llama (with --llama-python), transformers, vllm, speculation, requantization.
     """
     from rollout_spec.benchmarks.kernels import REQUANTIZE_SECONDS, KernelBenchmark
 
@@ -271,6 +271,7 @@ def kernels(
     parts: dict[str, Callable[[], None]] = {
         "bandwidth": benchmark.bandwidth,
         "verify": benchmark.verify,
+        "overhead": benchmark.overhead,
         "transformers": benchmark.against_transformers,
         "vllm": benchmark.against_vllm,
         "speculation": benchmark.speculation,
@@ -291,6 +292,10 @@ def kernels(
             checks.append(Check(name, found, f"<= {row['at_most']}", found <= row["at_most"]))
         elif row["target"] is not None:
             checks.append(Check(name, found, f">= {row['target']:.3g}", found >= row["target"]))
+    if "share_outside_kernels" in benchmark.notes:
+        share = benchmark.notes["share_outside_kernels"]
+        found, most = share["median"], share["at_most"]
+        checks.append(Check("share outside kernels", found, f"<= {most}", found <= most))
     if "requantize_seconds" in benchmark.notes:
         found = benchmark.notes["requantize_seconds"]
         checks.append(
