@@ -35,7 +35,7 @@ KERNELS = ("bf16_linear", "attention", "store_entries", "rms_norm", "norm_rotate
 REQUANTIZE_SECONDS, REQUANTIZE_OVER_COPY = 1.0, 1.5
 _TOKENS, _CONTEXT, _STEPS = 96, 64, 24
 _READ_BYTES = 1 << 29
-LLAMA_SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "llama_cpp.py"
+LLAMA_SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "llama_decode.py"
 
 
 class KernelBenchmark:

@@ -79,9 +79,9 @@ class PagedAttention:
             self._sequences, self._lengths = _sequences_and_lengths(rows)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self._kernels is not None:
-            return self._own(self._kernels, layer, q, k, v)
         self.cache.store(layer, self.rows.kv_rows, k, v)
+        if self._kernels is not None:
+            return self._own(self._kernels, layer, q)
         batch, queries = self.rows.grid
         count, heads, head_dim = q.shape
         if self.rows.scatter is not None:
@@ -96,9 +96,8 @@ class PagedAttention:
             return F.pad(out, (0, 0, 0, 1)).index_select(0, self.rows.scatter)
         return out if len(out) == count else F.pad(out, (0, 0, 0, count - len(out)))
 
-    def _own(self, kernels: Kernels, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _own(self, kernels: Kernels, layer: int, q: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        kernels.store_entries(k, v, self.rows.kv_rows, keys, values)
         short = len(q) - len(self._lengths)  # padding rows without a place in the grid
         sequences, lengths = (F.pad(x, (0, short)) if short else x for x in (self._sequences, self._lengths))
         return kernels.attention(q, keys, values, self.rows.tables, sequences, lengths)

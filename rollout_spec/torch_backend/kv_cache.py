@@ -102,6 +102,9 @@ class KVCache:
 
     def store(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values `[R, kv_heads, head_dim]` at flat `rows [R * kv_heads]`."""
+        if (own := self.kernels()) is not None:
+            own.store_entries(keys, values, rows, self.keys[layer], self.values[layer])
+            return
         for cache, new in ((self.keys, keys), (self.values, values)):
             cache[layer].view(-1, self.head_dim).index_copy_(0, rows, new.reshape(-1, self.head_dim))
 

@@ -1,6 +1,6 @@
 """llama.cpp's bf16 decoding of a checkpoint of ours, for `rollout-spec bench kernels --llama-python`.
 
-Runs in an environment of its own, with `llama-cpp-python`, `gguf` and `numpy`: `python llama_cpp.py CHECKPOINT GGUF
+Runs in an environment of its own, with `llama-cpp-python`, `gguf` and `numpy`: `python llama_decode.py CHECKPOINT GGUF
 THREADS`. Converts the checkpoint (Qwen3, bf16) unless GGUF exists, then reads lines `CONTEXT ROWS PASSES` and answers
 each with the seconds of PASSES decodes of ROWS tokens behind CONTEXT tokens, without sampling.
 """
