@@ -126,8 +126,8 @@ def _compile(sources: Sequence[Path], flags: Sequence[str], openmp: str | None, 
             for source, output in zip(sources, objects)
         ]
         running = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
-        for process in running:
-            _, complaint = process.communicate()
+        complaints = [process.communicate()[1] for process in running]
+        for process, complaint in zip(running, complaints):
             if process.returncode:
                 raise Unavailable(f"{compiler} failed: {_last_error(complaint)}")
         linked = Path(scratch) / library.name
