@@ -33,7 +33,7 @@ BANDWIDTH = {1: 0.70, 2: 0.80}  # of a streaming read, by threads
 OUTSIDE = 0.15
 KERNELS = ("bf16_linear", "attention", "store_entries", "rms_norm", "norm_rotate", "gated_silu")
 REQUANTIZE_SECONDS, REQUANTIZE_OVER_COPY = 1.0, 1.5
-_TOKENS, _CONTEXT, _STEPS = 96, 64, 24
+_TOKENS, _CONTEXT, _STEPS = 64, 64, 24
 _READ_BYTES = 1 << 29
 LLAMA_SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "llama_decode.py"
 
@@ -266,7 +266,7 @@ class KernelBenchmark:
     def _long_answers(self, count: int) -> list[Completion]:
         """`count` requests whose answers reach `_TOKENS` tokens, so that all are live all the time."""
         self.engine.backend.policy = Fixed(4)
-        prompts = sorted(self.prompts, key=len)[-8 * count :]
+        prompts = sorted(self.prompts, key=len)[-4 * count :]
         ids = [f"bench-{count}-{row}" for row in range(len(prompts))]
         done = self.engine.generate(prompts, SamplingParams(max_tokens=_TOKENS), request_ids=ids)
         return sorted(done, key=lambda c: len(c.token_ids))[-count:]

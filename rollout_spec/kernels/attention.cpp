@@ -1,8 +1,8 @@
 // Grouped-query attention of rows over a paged cache, and storing their keys and values in it.
 //
-// A row is one query token with all its heads; it sees the first `length` entries of its own sequence. Dot products
+// A row is one query token with all its heads; it sees the entries `first .. last - 1` of its own sequence. Dot products
 // are summed over sixteen lanes, softmax and the sum of values in the order of the positions, all in float32: a row's
-// bits depend on the row, its length and its cache entries alone. Entries past the length are never read.
+// bits depend on the row and the entries that it sees alone. No other entries are read.
 #include "simd.h"
 
 #include "exponential.h"
@@ -47,58 +47,75 @@ INLINE void from_floats(const float* x, int64_t count, bf16* out) {
     for (int64_t i = 0; i < count; i++) out[i] = narrow(x[i]);
 }
 
+struct Seen {
+    const int64_t* table;
+    int64_t first, last;
+    int64_t count() const { return last - first; }
+};
+
+// Call `use(entry, how many, index of the first)` for every run of seen entries that lie in one block.
+template <typename Float, typename Use>
+INLINE void each_run(const Float* entries, const Seen& seen, const Cache& c, Use use) {
+    for (int64_t start = seen.first; start < seen.last;) {
+        int64_t offset = start % c.block_size, stop = least(start - offset + c.block_size, seen.last);
+        const Float* entry = entries + (seen.table[start / c.block_size] * c.block_size + offset) * c.head_dim;
+        use(entry, stop - start, start - seen.first);
+        start = stop;
+    }
+}
+
 // Sixteen times BLOCKS elements of the weighted sum of the values, in the order of the positions.
 template <int BLOCKS, typename Float>
-void weighted_sum(const Float* values, const int64_t* table, int64_t length, const Cache& c, const float* weights,
-                  float* out) {
+void weighted_sum(const Float* values, const Seen& seen, const Cache& c, const float* weights, float* out) {
     F16 lanes[BLOCKS];
     for (int b = 0; b < BLOCKS; b++) lanes[b] = zeros();
-    for (int64_t start = 0; start < length; start += c.block_size) {
-        const Float* value = values + table[start / c.block_size] * c.block_size * c.head_dim;
-        int64_t stop = least(start + c.block_size, length);
-        for (int64_t t = start; t < stop; t++, value += c.head_dim)
+    each_run(values, seen, c, [&](const Float* value, int64_t count, int64_t index) {
+        for (int64_t t = 0; t < count; t++, value += c.head_dim)
 #pragma GCC unroll 4
-            for (int b = 0; b < BLOCKS; b++) lanes[b] = fma(load(value + b * PANEL), weights[t], lanes[b]);
-    }
+            for (int b = 0; b < BLOCKS; b++) lanes[b] = fma(load(value + b * PANEL), weights[index + t], lanes[b]);
+    });
     for (int b = 0; b < BLOCKS; b++) store(out + b * PANEL, lanes[b]);
 }
 
 // One row and one key/value head with its group of queries. Scratch: q and one entry, scores of the group, output.
 template <typename Float>
-void attend(const Float* q, const Float* keys, const Float* values, const int64_t* table, int64_t length,
-            const Cache& c, float scale, Float* out, float* scratch) {
-    int64_t group = c.heads / c.kv_heads, dim = c.head_dim, stride = round_up(length, PANEL);
+void attend(const Float* q, const Float* keys, const Float* values, const Seen& seen, const Cache& c, float scale,
+            Float* out, float* scratch) {
+    int64_t group = c.heads / c.kv_heads, dim = c.head_dim, stride = round_up(seen.count(), PANEL);
     float *queries = scratch, *entry = queries + group * dim, *sums = entry + dim, *scores = sums + dim;
     for (int64_t g = 0; g < group; g++) to_floats(q + g * dim, dim, queries + g * dim);
-    for (int64_t t = 0; t < length; t++) {
-        const Float* key = keys + (table[t / c.block_size] * c.block_size + t % c.block_size) * dim;
-        __builtin_prefetch(key + 4 * dim);
-        to_floats(key, dim, entry);
-        for (int64_t g = 0; g < group; g++) {
-            F16 lanes = zeros();
-            for (int64_t d = 0; d < dim; d += PANEL) lanes = fma(load(queries + g * dim + d), load(entry + d), lanes);
-            scores[g * stride + t] = total(lanes) * scale;
+    each_run(keys, seen, c, [&](const Float* key, int64_t count, int64_t index) {
+        for (int64_t t = 0; t < count; t++, key += dim) {
+            __builtin_prefetch(key + 4 * dim);
+            to_floats(key, dim, entry);
+            for (int64_t g = 0; g < group; g++) {
+                F16 lanes = zeros();
+                for (int64_t d = 0; d < dim; d += PANEL)
+                    lanes = fma(load(queries + g * dim + d), load(entry + d), lanes);
+                scores[g * stride + index + t] = total(lanes) * scale;
+            }
         }
-    }
+    });
     for (int64_t g = 0; g < group; g++) {
         float* weights = scores + g * stride;
-        float sum = exponentials(weights, length);
+        float sum = exponentials(weights, seen.count());
         int64_t d = 0;
-        for (; d + 4 * PANEL <= dim; d += 4 * PANEL) weighted_sum<4>(values + d, table, length, c, weights, sums + d);
-        for (; d < dim; d += PANEL) weighted_sum<1>(values + d, table, length, c, weights, sums + d);
-        for (int64_t d = 0; d < dim; d++) sums[d] /= sum;
+        for (; d + 4 * PANEL <= dim; d += 4 * PANEL) weighted_sum<4>(values + d, seen, c, weights, sums + d);
+        for (; d < dim; d += PANEL) weighted_sum<1>(values + d, seen, c, weights, sums + d);
+        for (d = 0; d < dim; d++) sums[d] /= sum;
         from_floats(sums, dim, out + g * dim);
     }
 }
 
 template <typename Float>
 void attend_rows(const Float* q, int64_t q_stride, const Float* keys, const Float* values, const Cache& c,
-                 const int64_t* tables, int64_t width, const int64_t* sequences, const int64_t* lengths, int64_t rows,
-                 Float* out, int threads) {
+                 const int64_t* tables, int64_t width, const int64_t* sequences, const int64_t* first,
+                 const int64_t* last, int64_t rows, Float* out, int threads) {
     int64_t group = c.heads / c.kv_heads, longest = 0, work = 0;
     for (int64_t r = 0; r < rows; r++) {
-        longest = lengths[r] > longest ? lengths[r] : longest;
-        work += lengths[r] * c.heads * c.head_dim;
+        int64_t count = last[r] - first[r];
+        longest = count > longest ? count : longest;
+        work += count * c.heads * c.head_dim;
     }
     if (work < 1 << 17) threads = 1;
     float scale = (float)(1 / sqrt((double)c.head_dim));
@@ -107,14 +124,15 @@ void attend_rows(const Float* q, int64_t q_stride, const Float* keys, const Floa
         float* scratch = allocate<float>((group + 2) * c.head_dim + group * round_up(longest, PANEL));
 #pragma omp for schedule(static, 1)
         for (int64_t item = 0; item < rows * c.kv_heads; item++) {
-            int64_t r = item / c.kv_heads, h = item % c.kv_heads, first = h * group * c.head_dim;
-            Float* own = out + r * c.heads * c.head_dim + first;
-            if (lengths[r] == 0) {
+            int64_t r = item / c.kv_heads, h = item % c.kv_heads, place = h * group * c.head_dim;
+            Float* own = out + r * c.heads * c.head_dim + place;
+            Seen seen = {tables + sequences[r] * width, first[r], last[r]};
+            if (seen.count() == 0) {
                 memset((void*)own, 0, group * c.head_dim * sizeof(Float));
                 continue;
             }
-            attend(q + r * q_stride + first, keys + h * c.head_stride, values + h * c.head_stride,
-                   tables + sequences[r] * width, lengths[r], c, scale, own, scratch);
+            attend(q + r * q_stride + place, keys + h * c.head_stride, values + h * c.head_stride, seen, c, scale, own,
+                   scratch);
         }
         free(scratch);
     }
@@ -123,19 +141,19 @@ void attend_rows(const Float* q, int64_t q_stride, const Float* keys, const Floa
 }  // namespace
 
 // q: rows of heads * head_dim, q_stride apart; keys and values [kv_heads, blocks, block_size, head_dim] with heads
-// head_stride apart; tables [sequences, width]; row r sees lengths[r] entries of sequence sequences[r], none if 0.
-// head_dim is a multiple of 16. out [rows, heads * head_dim].
+// head_stride apart; tables [sequences, width]; row r sees the entries first[r] .. last[r] - 1 of sequence sequences[r];
+// if that is none, its result is zero. head_dim is a multiple of 16. out [rows, heads * head_dim].
 EXPORT void attention(int is_bf16, const void* q, int64_t q_stride, const void* keys, const void* values,
                       int64_t head_stride, int64_t block_size, int64_t head_dim, int64_t heads, int64_t kv_heads,
-                      const int64_t* tables, int64_t width, const int64_t* sequences, const int64_t* lengths,
-                      int64_t rows, void* out, int threads) {
+                      const int64_t* tables, int64_t width, const int64_t* sequences, const int64_t* first,
+                      const int64_t* last, int64_t rows, void* out, int threads) {
     Cache c = {head_stride, block_size, head_dim, heads, kv_heads};
     if (is_bf16)
         attend_rows((const bf16*)q, q_stride, (const bf16*)keys, (const bf16*)values, c, tables, width, sequences,
-                    lengths, rows, (bf16*)out, threads);
+                    first, last, rows, (bf16*)out, threads);
     else
         attend_rows((const float*)q, q_stride, (const float*)keys, (const float*)values, c, tables, width, sequences,
-                    lengths, rows, (float*)out, threads);
+                    first, last, rows, (float*)out, threads);
 }
 
 // Rows of a cache [.., head_dim] from k and v [rows, kv_heads, head_dim], whose rows are k_stride and v_stride apart.

@@ -19,13 +19,18 @@ struct Tiling {
 constexpr int64_t UNIT = 2 / LINE_PARTS;
 
 // Rows of a tile as the dot products read them, [k / UNIT, height, UNIT]; a zero follows an odd number of columns.
-void interleave(const bf16* x, int64_t k, int64_t padded, int64_t height, bf16_operand* out) {
-    for (int64_t r = 0; r < height; r++)
-        for (int64_t i = 0; i < padded; i++) {
-            bf16 value = i < k ? x[r * k + i] : 0;
-            bf16_operand* place = out + (i / UNIT * height + r) * UNIT + i % UNIT;
-            *place = sizeof(bf16_operand) == 2 ? (bf16_operand)value : (bf16_operand)widen(value);
-        }
+[[maybe_unused]] void interleave(const bf16* x, int64_t k, int64_t padded, int64_t height, float* out) {
+    for (int64_t r = 0; r < height; r++) {
+        for (int64_t i = 0; i < k; i++) out[i * height + r] = widen(x[r * k + i]);
+        if (padded > k) out[k * height + r] = 0;
+    }
+}
+[[maybe_unused]] void interleave(const bf16* x, int64_t k, int64_t padded, int64_t height, bf16* out) {
+    for (int64_t r = 0; r < height; r++) {
+        bf16* place = out + 2 * r;
+        for (int64_t i = 0; i < padded; i += 2, place += 2 * height)
+            place[0] = x[r * k + i], place[1] = i + 1 < k ? x[r * k + i + 1] : 0;
+    }
 }
 
 template <int ROWS, int PANELS>
@@ -55,9 +60,12 @@ struct Output {
     void write(F16 sum, int64_t row, int64_t column) const {
         float values[PANEL];
         store(values, sum);
-        int64_t count = least(PANEL, n - column);
-        for (int64_t i = 0; i < count; i++)
-            y[row * n + column + i] = narrow(bias ? values[i] + widen(bias[column + i]) : values[i]);
+        bf16* own = y + row * n + column;
+        if (bias)
+            for (int64_t i = 0; i < least(PANEL, n - column); i++) values[i] += widen(bias[column + i]);
+        if (n - column >= PANEL) narrow_panel(values, own);
+        else
+            for (int64_t i = 0; i < n - column; i++) own[i] = narrow(values[i]);
     }
 };
 

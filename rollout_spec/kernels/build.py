@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -103,6 +102,8 @@ def build(name: str, extra: Sequence[str] = ()) -> Path:
     library = cache / f"{name}-{digest.hexdigest()[:16]}.so"
     if library.is_file():
         return library
+    import fcntl  # not on Windows, where there is no /proc/cpuinfo either
+
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with open(library.with_suffix(".lock"), "w", encoding="utf-8") as lock:
@@ -125,8 +126,8 @@ def _compile(sources: Sequence[Path], flags: Sequence[str], openmp: str | None, 
             for source, output in zip(sources, objects)
         ]
         running = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
-        for process in running:
-            _, complaint = process.communicate()
+        complaints = [process.communicate()[1] for process in running]
+        for process, complaint in zip(running, complaints):
             if process.returncode:
                 raise Unavailable(f"{compiler} failed: {_last_error(complaint)}")
         linked = Path(scratch) / library.name

@@ -17,7 +17,7 @@ logger = logging.getLogger("rollout_spec")
 KINDS = {"int8": 0, "int4": 1, "nf4": 2}  # as in nf4.h
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_CACHE, _ROWS = [_POINTER, _POINTER, *[_SIZE] * 5], [_POINTER, _SIZE, _POINTER, _POINTER, _SIZE]
+_CACHE, _ROWS = [_POINTER, _POINTER, *[_SIZE] * 5], [_POINTER, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE]
 _ATTENTION_INPUTS = [_INT, _POINTER, _SIZE, *_CACHE, *_ROWS]
 _SIGNATURES = {
     "bf16_packed_size": ([_SIZE, _SIZE], _SIZE),
@@ -112,17 +112,25 @@ class Kernels:
         return y
 
     def attention(
-        self, q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, sequences: Tensor, lengths: Tensor
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        sequences: Tensor,
+        first: Tensor,
+        last: Tensor,
     ) -> Tensor:
-        """Attention of rows over the first `lengths` entries of their sequences; a row's bits depend on nothing else.
+        """Attention of rows over a stretch of their sequences; a row's bits depend on nothing else.
 
         Args:
-            q: `[R, heads, head_dim]`, float32 or bfloat16, heads of a row contiguous; head_dim a multiple of 16.
+            q: `[R, heads, head_dim]`, float32 or bfloat16; head_dim a multiple of 16.
             keys: `[kv_heads, blocks, block_size, head_dim]`, contiguous, of q's dtype.
             values: The same.
             tables: Block tables int64 `[B, width]`.
             sequences: The line of `tables` that is each row's, int64 `[R]`.
-            lengths: Entries each row sees, int64 `[R]`; with none, its result is zero.
+            first: The first entry each row sees, int64 `[R]`.
+            last: The entry behind the last one, int64 `[R]`; a row that sees none gives zeros.
 
         Returns:
             `[R, heads * head_dim]` in q's dtype.
@@ -132,13 +140,14 @@ class Kernels:
         assert (
             head_dim % 16 == 0 and keys.is_contiguous() and values.is_contiguous() and keys.dtype == q.dtype
         )
-        assert tables.is_contiguous() and sequences.is_contiguous() and lengths.is_contiguous()
+        assert all(x.is_contiguous() and x.dtype == torch.int64 for x in (tables, sequences, first, last))
+        assert len(sequences) == len(first) == len(last) == rows
         kv_heads, blocks, block_size, _ = keys.shape
         out = torch.empty((rows, heads * head_dim), dtype=q.dtype)
         self._attention(
             q.dtype == torch.bfloat16, q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(),
             blocks * block_size * head_dim, block_size, head_dim, heads, kv_heads, tables.data_ptr(), tables.shape[1],
-            sequences.data_ptr(), lengths.data_ptr(), rows, out.data_ptr(), torch.get_num_threads(),
+            sequences.data_ptr(), first.data_ptr(), last.data_ptr(), rows, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
 

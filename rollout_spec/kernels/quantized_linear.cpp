@@ -61,11 +61,16 @@ struct Output {
     void write(F16 sum, int64_t row, int64_t column) const {
         float values[PANEL];
         store(values, sum);
-        int64_t count = least(PANEL, n - column);
-        for (int64_t i = 0; i < count; i++)
-            if (sizeof(Float) == 2) y[row * n + column + i] = (Float)narrow(values[i]);
-            else y[row * n + column + i] = (Float)values[i];
+        Float* own = y + row * n + column;
+        if (n - column >= PANEL) put_panel(values, own);
+        else
+            for (int64_t i = 0; i < n - column; i++) put(values[i], own + i);
     }
+
+    static void put_panel(const float* values, float* out) { memcpy(out, values, PANEL * 4); }
+    static void put_panel(const float* values, bf16* out) { narrow_panel(values, out); }
+    static void put(float value, float* out) { *out = value; }
+    static void put(float value, bf16* out) { *out = narrow(value); }
 };
 
 struct Int8 {

@@ -42,6 +42,20 @@ INLINE bf16 narrow(float value) {
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+// `narrow` of sixteen values.
+INLINE void narrow_panel(const float* x, bf16* out) {
+    auto eight = [](const float* p) {
+        __m256i bits = _mm256_loadu_si256((const __m256i*)p), high = _mm256_srli_epi32(bits, 16);
+        __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        __m256i near = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+        __m256i size = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+        __m256i is_nan = _mm256_cmpgt_epi32(size, _mm256_set1_epi32(0x7f800000));
+        return _mm256_blendv_epi8(near, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), is_nan);
+    };
+    __m256i both = _mm256_packus_epi32(eight(x), eight(x + 8));
+    _mm256_storeu_si256((__m256i*)out, _mm256_permute4x64_epi64(both, 0xd8));
+}
+
 template <typename T>
 static T* allocate(int64_t count) {
     return (T*)aligned_alloc(64, round_up(count * sizeof(T) + 64, 64));

@@ -33,7 +33,8 @@ class Rows:
     Attributes:
         kv_rows: Where each row's key and value go, flat cache rows `[R * kv_heads]`.
         tables: Block tables `[B, blocks]`, padded with the scratch block.
-        mask: Added to the scores: 0, or -inf where a query must not look, float32 `[B, S, blocks * block_size]`.
+        mask: Added to the scores: 0, or -inf where a query must not look, float32 `[B, S, blocks * block_size]`. What it
+            leaves of the context is one stretch.
         scatter: For ragged rows, the place of row r in the `B * S` grid `[R]`; padding rows point past its end.
     """
 
@@ -76,7 +77,7 @@ class PagedAttention:
         self.cache, self.rows, self.drafting = cache, rows, drafting
         self._kernels = cache.kernels()
         if self._kernels is not None:
-            self._sequences, self._lengths = _sequences_and_lengths(rows)
+            self._seen = _seen(rows)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.cache.store(layer, self.rows.kv_rows, k, v)
@@ -97,10 +98,10 @@ class PagedAttention:
         return out if len(out) == count else F.pad(out, (0, 0, 0, count - len(out)))
 
     def _own(self, kernels: Kernels, layer: int, q: Tensor) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        short = len(q) - len(self._lengths)  # padding rows without a place in the grid
-        sequences, lengths = (F.pad(x, (0, short)) if short else x for x in (self._sequences, self._lengths))
-        return kernels.attention(q, keys, values, self.rows.tables, sequences, lengths)
+        seen = self._seen
+        if short := len(q) - len(seen[0]):  # padding rows without a place in the grid
+            seen = tuple(F.pad(x, (0, short)) for x in seen)
+        return kernels.attention(q, self.cache.keys[layer], self.cache.values[layer], self.rows.tables, *seen)
 
     def _kernel(self, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Rows], Tensor]:
         if q.is_cuda:
@@ -110,16 +111,16 @@ class PagedAttention:
         return _stock if self.rows.tables.numel() * self.cache.block_size < _LONG_CONTEXT else _free_order
 
 
-def _sequences_and_lengths(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Of every row: the line of its table, and how many entries it sees (0: it is padding)."""
+def _seen(rows: Rows) -> tuple[Tensor, ...]:
+    """Of every row: the line of its table, the first entry it sees, and the one behind the last (padding sees none)."""
     batch, queries = rows.grid
-    lengths = (rows.mask == 0).sum(-1).flatten()
-    sequences = torch.arange(batch).repeat_interleave(queries)
+    visible = rows.mask == 0
+    first = visible.to(torch.uint8).argmax(-1).flatten()
+    seen = torch.arange(batch).repeat_interleave(queries), first, first + visible.sum(-1).flatten()
     if rows.scatter is None:
-        return sequences, lengths
-    sequences, lengths = (F.pad(x, (0, 1)) for x in (sequences, lengths))
+        return seen
     place = rows.scatter.clamp_max(batch * queries)
-    return sequences[place], lengths[place]
+    return tuple(F.pad(x, (0, 1))[place] for x in seen)
 
 
 def _weights(q: Tensor, keys: Tensor, rows: Rows) -> Tensor:

@@ -14,7 +14,7 @@ int64_t quantized_size(int, int64_t, int64_t);
 void quantize(int, int, const void*, int64_t, int64_t, uint8_t*, float*, int);
 void quantized_linear(int, int, const void*, int64_t, int64_t, int64_t, const uint8_t*, const float*, void*, int);
 void attention(int, const void*, int64_t, const void*, const void*, int64_t, int64_t, int64_t, int64_t, int64_t,
-               const int64_t*, int64_t, const int64_t*, const int64_t*, int64_t, void*, int);
+               const int64_t*, int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t, void*, int);
 void rms_norm(int, const void*, const void*, int64_t, int64_t, float, void*, int);
 void norm_rotate(int, void*, int64_t, const void*, const void*, const void*, int64_t, int64_t, int64_t, float, int);
 void gated_silu(int, const void*, int64_t, int64_t, void*, int);
@@ -57,7 +57,8 @@ static void bf16(int64_t m, int64_t n, int64_t k) {
 template <typename Float>
 static void attend(int64_t dim, int64_t group, int64_t kv_heads, int64_t block) {
     int64_t heads = group * kv_heads, blocks = 4, rows = 5;
-    int64_t tables[] = {1, 0, 0, 0, 2, 3}, sequences[] = {0, 0, 1, 1, 1}, lengths[] = {1, block, block + 1, 0, 3 * block};
+    int64_t tables[] = {1, 0, 0, 0, 2, 3}, sequences[] = {0, 0, 1, 1, 1};
+    int64_t first[] = {0, 1, 0, 5, block - 1}, last[] = {1, block, block + 1, 5, 3 * block};
     Float *q = buffer<Float>(rows * heads * dim), *out = buffer<Float>(rows * heads * dim);
     Float *keys = buffer<Float>(kv_heads * blocks * block * dim), *values = buffer<Float>(kv_heads * blocks * block * dim);
     Float *k = buffer<Float>(rows * kv_heads * dim), *v = buffer<Float>(rows * kv_heads * dim);
@@ -66,7 +67,7 @@ static void attend(int64_t dim, int64_t group, int64_t kv_heads, int64_t block) 
     store_entries(sizeof(Float), k, kv_heads * dim, v, kv_heads * dim, places, rows, kv_heads, dim, keys, values);
     for (int threads : {1, 2})
         attention(sizeof(Float) == 2, q, heads * dim, keys, values, blocks * block * dim, block, dim, heads, kv_heads,
-                  tables, 3, sequences, lengths, rows, out, threads);
+                  tables, 3, sequences, first, last, rows, out, threads);
     free(q), free(out), free(keys), free(values), free(k), free(v), free(places);
 }
 

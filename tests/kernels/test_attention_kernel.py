@@ -13,10 +13,11 @@ def gaussian(*shape, seed=0):
 
 
 class Case:
-    """Rows of sequences of several lengths over shuffled blocks; what lies past a row's length is NaN."""
+    """Rows of sequences of several lengths over shuffled blocks; each sees a stretch of its own."""
 
     def __init__(self, dtype, head_dim=64, heads=6, kv_heads=2, block_size=16, longest=150):
-        self.lengths = torch.tensor([1, 15, 16, 17, longest - 1, longest, 0, 3])
+        self.first = torch.tensor([0, 0, 3, 16, 0, longest // 2, 0, 2])
+        self.last = torch.tensor([1, 15, 16, 17, longest - 1, longest, 0, 3])
         self.sequences = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1])
         blocks = -(-longest // block_size)
         self.tables = torch.randperm(3 * blocks, generator=torch.Generator().manual_seed(1)).view(3, blocks)
@@ -42,10 +43,11 @@ class Case:
         )
         out = torch.zeros(8, *self.q.shape[1:], dtype=torch.float64)
         group = self.q.shape[1] // len(keys)
-        for row, (length, line) in enumerate(zip(self.lengths.tolist(), self.sequences.tolist())):
+        for row in range(8):
+            line, seen = self.sequences[row], slice(self.first[row], self.last[row])
             for head in range(self.q.shape[1]):
-                k, v = (x[head // group, line].flatten(0, 1)[:length] for x in (keys, values))
-                if length:
+                k, v = (x[head // group, line].flatten(0, 1)[seen] for x in (keys, values))
+                if len(k):
                     scores = k @ self.q[row, head].double() / math.sqrt(k.shape[1])
                     out[row, head] = scores.softmax(0) @ v
         return out.flatten(1)
@@ -75,14 +77,15 @@ def test_a_row_depends_on_nothing_beside_it(kernels, dtype, threads):
     assert torch.equal(case.run(kernels), together)
 
 
-def test_entries_past_the_length_are_not_read(kernels):
+def test_entries_that_a_row_does_not_see_are_not_read(kernels):
     case = Case(torch.float32)
-    before = case.run(kernels, slice(4, 5))
-    last = case.lengths[4].item()
-    block, offset = case.tables[2, last // 16], last % 16
-    case.keys[:, block, offset:], case.values[:, block, offset:] = math.nan, math.nan
-    assert torch.equal(case.run(kernels, slice(4, 5)), before)
-    assert case.run(kernels, slice(5, 6)).isnan().all()
+    before = case.run(kernels, slice(4, 6))
+    for entry in (case.last[5].item(), case.first[5].item() - 1):
+        block, offset = case.tables[2, entry // 16], entry % 16
+        case.keys[:, block, offset], case.values[:, block, offset] = math.nan, math.nan
+    after = case.run(kernels, slice(4, 6))
+    assert torch.equal(after[1], before[1])
+    assert after[0].isnan().all()  # it sees the second of them
 
 
 def test_large_scores_and_what_is_not_finite(kernels):
