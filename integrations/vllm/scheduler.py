@@ -90,6 +90,11 @@ class PolicyScheduler(Scheduler):
         self._ended = 0.0
         self._began = 0.0
 
+    @property
+    def drafting(self) -> bool:
+        """Whether the step that ended last may have made drafts."""
+        return bool(self._steps) or self._decided.draft_length > 0
+
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._began = time.perf_counter()
         return super().schedule(*args, **kwargs)

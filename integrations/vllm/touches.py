@@ -62,6 +62,13 @@ POLICY = (
     ),
     touch(
         "policy",
+        "vllm.v1.engine.core:EngineCore.post_step",
+        "self, model_executed",
+        why="wrapped: drafts are asked for only where some were made",
+    ),
+    touch("policy", "vllm.v1.engine.core:EngineCore", ("scheduler",), why="says whether drafts were made"),
+    touch(
+        "policy",
         "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
         "self, scheduler_output",
         why="asynchronous scheduling reserves K placeholders here",

@@ -106,7 +106,10 @@ def test_off_prepares_nothing(engine: Engine, stock: dict[str, Any], monkeypatch
 
     monkeypatch.setattr(engine.drafter, "prepare_next_token_ids_padded", counting)
     engine.scheduler.decisions.policy = Off()
-    assert engine.generate(SHORT, 64) == stock["short"] and not prepared
+    taken: list[int] = []
+    take = engine.core.model_executor.take_draft_token_ids
+    monkeypatch.setattr(engine.core.model_executor, "take_draft_token_ids", lambda: taken.append(1) or take())
+    assert engine.generate(SHORT, 64) == stock["short"] and not prepared and not taken
     stop = capture(lambda seen: None)  # somebody wants what they hold
     try:
         engine.generate(SHORT, 8)
@@ -117,7 +120,15 @@ def test_off_prepares_nothing(engine: Engine, stock: dict[str, Any], monkeypatch
     engine.scheduler.decisions.policy = Toggled(2, 4)
     assert engine.generate(SHORT, 64) == stock["short"]
     lengths = engine.scheduler.decisions.draft_lengths
-    assert 0 < len(prepared) < sum(lengths.values())
+    assert 0 < len(prepared) < sum(lengths.values()) and len(taken) == len(prepared)
+
+    # When this fails vLLM does neither by itself any more, and `skip_idle_drafting` or `take_only_drafts` can go.
+    prepared.clear(), taken.clear()
+    engine.scheduler.decisions.policy = Off()
+    monkeypatch.setattr(engine.runner, "_rollout_spec_idles", False)
+    monkeypatch.setattr(type(engine.scheduler), "drafting", True)
+    assert engine.generate(SHORT, 8) == [tokens[:8] for tokens in stock["short"]]
+    assert len(prepared) == len(taken) == 8
 
 
 def test_off_looks_at_no_request(
