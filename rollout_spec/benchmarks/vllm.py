@@ -21,8 +21,11 @@ from rollout_spec.observe.machine import cpu_model
 from rollout_spec.policy.baselines import Off
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-_TOKENS_OF_WORK, _FEWEST, _MOST = 256, 24, 64
-_KV_BYTES, _MAX_LEN, _LONGEST = 1 << 29, 640, 384
+_TOKENS_OF_WORK, _FEWEST, _MOST = 192, 12, 32
+_CALIBRATING = (
+    48  # tokens in which the plugin has measured its costs at a batch size; it does so once per machine
+)
+_KV_BYTES, _MAX_LEN, _LONGEST = 1 << 29, 640, 192
 _NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 _DRAFT_LENGTHS = (3, 6)
 
@@ -62,6 +65,7 @@ class VllmBenchmark:
         for batch in BATCHES:
             tokens = max(_FEWEST, min(_MOST, _TOKENS_OF_WORK // batch))
             prompts = [self._next(batch) for _ in range(self.pairs + 1)]
+            self._run("plugin", self._next(batch), [_CALIBRATING] * batch)
             seconds = self._turns(names, prompts, [tokens] * batch)
             self._record(f"B={batch}", seconds, "stock", "plugin", 0.97, tokens=tokens)
             self._record(f"B={batch}", seconds, "stock", "plugin off", None, tokens=tokens)
