@@ -185,6 +185,7 @@ def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> No
     )
     results = {
         "model": f"shipped arithmetic policy, expanded to {size}",
+        "drafter": sweep.drafter,
         "ratios": sweep.ratios,
         "costs": sweep.calibration.cost_model.to_dict(),
         "toggling": toggling,
