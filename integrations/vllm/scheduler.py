@@ -28,6 +28,7 @@ from rollout_spec.vllm_backend.fast_paths import given_up_by
 
 logger = logging.getLogger("rollout_spec")
 
+_TELL_EVERY = 32  # steps of a rest
 _FIXED_LENGTH = ("medusa", "mlp_speculator", "custom_class", "extract_hidden_states")
 
 
@@ -89,6 +90,7 @@ class PolicyScheduler(Scheduler):
         self._steps: deque[_Step] = deque()
         self._ended = 0.0
         self._began = 0.0
+        self._untold = 0
 
     @property
     def drafting(self) -> bool:
@@ -102,7 +104,13 @@ class PolicyScheduler(Scheduler):
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         before, self._decided = self._decided, self._decide(scheduler_output)
         scheduler_output.num_spec_tokens_to_schedule = self._decided.draft_length
-        scheduler_output.rollout_spec = self.figures()  # so that `rollout_spec_state` can tell from outside
+        self._untold += 1
+        if self._decided.state is not None or self._untold >= _TELL_EVERY:
+            scheduler_output.rollout_spec = (
+                self.figures()
+            )  # so that `rollout_spec_state` can tell from outside
+            self._metrics.publish()
+            self._untold = 0
         self._steps.append(_Step(scheduler_output, before, self._decided, self._began))
         super()._update_after_schedule(scheduler_output)
 
@@ -191,6 +199,7 @@ class PolicyScheduler(Scheduler):
             ]
             if ended:
                 self.decisions.ended(ended)
+                self._metrics.publish()
         return result
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
