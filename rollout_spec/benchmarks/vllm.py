@@ -25,7 +25,7 @@ _TOKENS_OF_WORK, _FEWEST, _MOST = 192, 12, 32
 _CALIBRATING = (
     48  # tokens in which the plugin has measured its costs at a batch size; it does so once per machine
 )
-_KV_BYTES, _MAX_LEN, _LONGEST = 1 << 29, 640, 192
+_KV_BYTES, _MAX_LEN, _LONGEST = 1 << 29, 640, 160
 _NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 _DRAFT_LENGTHS = (3, 6)
 
@@ -57,18 +57,22 @@ class VllmBenchmark:
         self._engines: dict[str, Any] = {}
 
     def never_slower(self) -> None:
-        """Plain vLLM against vLLM with the plugin, at every batch size; against itself, which is the noise; and
-        against the plugin with a policy that never speculates, which is what being there costs."""
+        """Plain vLLM against vLLM with the plugin, at every batch size, and against itself, which is the noise."""
+        self._sweep("plugin", BATCHES, 0.97)
+
+    def overhead(self) -> None:
+        """The same with a policy that never speculates: what being there costs."""
+        self._sweep("plugin off", BATCHES[::2], None)
+
+    def _sweep(self, name: str, batches: Sequence[int], target: float | None) -> None:
         self._start_both()
         self._start("stock again", {})
-        names = ("stock", "stock again", "plugin", "plugin off")
-        for batch in BATCHES:
+        for batch in batches:
             tokens = max(_FEWEST, min(_MOST, _TOKENS_OF_WORK // batch))
             prompts = [self._next(batch) for _ in range(self.pairs + 1)]
-            self._run("plugin", self._next(batch), [_CALIBRATING] * batch)
-            seconds = self._turns(names, prompts, [tokens] * batch)
-            self._record(f"B={batch}", seconds, "stock", "plugin", 0.97, tokens=tokens)
-            self._record(f"B={batch}", seconds, "stock", "plugin off", None, tokens=tokens)
+            self._run(name, self._next(batch), [_CALIBRATING] * batch)
+            seconds = self._turns(("stock", "stock again", name), prompts, [tokens] * batch)
+            self._record(f"B={batch}", seconds, "stock", name, target, tokens=tokens)
             self._record(f"B={batch}", seconds, "stock", "stock again", None, tokens=tokens)
 
     def single(self) -> None:

@@ -194,7 +194,7 @@ def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> No
     finish(Report("bench never-slower", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
 
 
-_VLLM_PARTS = ("never-slower", "single", "long-tail-8", "long-tail-32")
+_VLLM_PARTS = ("never-slower", "overhead", "single", "long-tail-8", "long-tail-32")
 
 
 @command.command("vllm")
@@ -215,6 +215,7 @@ def vllm(size: str, pairs: int, only: tuple[str, ...], seed: int, json_path: Pat
     benchmark = VllmBenchmark(expanded_policy(size), pairs, seed, console)
     runs: dict[str, Callable[[], None]] = {
         "never-slower": benchmark.never_slower,
+        "overhead": benchmark.overhead,
         "single": benchmark.single,
         "long-tail-8": lambda: benchmark.long_tail(8),
         "long-tail-32": lambda: benchmark.long_tail(32),
