@@ -201,34 +201,51 @@ def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> No
     finish(Report("bench never-slower", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
 
 
+_VLLM_PARTS = ("never-slower", "overhead", "single", "long-tail-8", "long-tail-32")
+
+
 @command.command("vllm")
 @click.option(
     "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."
 )
 @click.option("--pairs", type=click.IntRange(3), default=9, show_default=True, help="Rounds per ratio.")
 @click.option(
-    "--only", type=click.Choice(("never-slower", "alternatives")), default=None, help="Run this part only."
+    "--only", type=click.Choice(_VLLM_PARTS), multiple=True, help="Run this part only; may be repeated."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
 @report_options
-def vllm(size: str, pairs: int, only: str | None, seed: int, json_path: Path | None) -> None:
+def vllm(size: str, pairs: int, only: tuple[str, ...], seed: int, json_path: Path | None) -> None:
     """vLLM with the plugin against vLLM as it comes, and against vLLM's own ways to speculate."""
     from rollout_spec.benchmarks.vllm import VllmBenchmark
 
     console = Console()
     benchmark = VllmBenchmark(expanded_policy(size), pairs, seed, console)
-    if only != "alternatives":
-        benchmark.never_slower()
-    if only != "never-slower":
-        benchmark.alternatives()
+    runs: dict[str, Callable[[], None]] = {
+        "never-slower": benchmark.never_slower,
+        "overhead": benchmark.overhead,
+        "single": benchmark.single,
+        "long-tail-8": lambda: benchmark.long_tail(8),
+        "long-tail-32": lambda: benchmark.long_tail(32),
+    }
+    for part in only or _VLLM_PARTS:
+        runs[part]()
+    benchmark.finish()
     checks = [
         Check(
             f"{name}, lower bound", row["lower_95"], f">= {row['target']}", row["lower_95"] >= row["target"]
         )
         for name, row in benchmark.ratios.items()
+        if row["target"] is not None
     ]
+    blocks = benchmark.notes["kv_blocks"]
+    equal = blocks["plugin"] == blocks["stock"]
+    checks.append(Check("KV blocks, plugin and stock", blocks["plugin"], str(blocks["stock"]), equal))
     results = {
         "model": f"shipped arithmetic policy, expanded to {size}",
+        "dtype": benchmark.dtype,
+        "drafter": benchmark.drafter,
+        "threads": torch.get_num_threads(),
+        "load_average_at_end": os.getloadavg()[0],
         "ratios": benchmark.ratios,
         "notes": benchmark.notes,
     }
