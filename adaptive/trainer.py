@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from rollout_spec.adaptive.module import EagleModule, TargetTensors
 from rollout_spec.adaptive.packing import Batch, pack
 from rollout_spec.adaptive.samples import Episode
 from rollout_spec.contracts import RolloutSpecError, invalid
+from rollout_spec.observe.machine import BF16_FEATURES, cpu_model
 
 
 class TrainingError(RolloutSpecError, RuntimeError):
@@ -38,7 +39,8 @@ class TrainConfig:
         step_decay: Weight of a step's loss over that of the step before.
         replay: What a prediction that verification rejected counts for beyond 1.
         row_tokens: Longest row of a batch; longer episodes are cut.
-        autocast: Compute in bfloat16 what torch's autocast does; weights and their sums stay in float32.
+        autocast: Compute in bfloat16 what torch's autocast does, where the device has such products (a CPU without
+            them takes ten times as long); weights and their sums stay in float32.
         objective: The loss.
         seed: Of the initial weights.
     """
@@ -122,6 +124,7 @@ class DrafterTrainer:
         self.module, self.target, self.config = module, target, config or TrainConfig()
         self.config.objective.check(module.spec.kind)
         self.steps_done = 0
+        self._bfloat16 = self.config.autocast and _multiplies_bfloat16(target.embed.device)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters, betas=self.config.betas, weight_decay=self.config.weight_decay
@@ -141,7 +144,7 @@ class DrafterTrainer:
         config = self.config
         batch = pack(episodes, config.row_tokens, replay=config.replay).to(self.device)
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
             loss, alpha = unrolled_loss(self.module, self.target, batch, config)
         loss.backward()
         if reduce is not None:
@@ -168,6 +171,24 @@ class DrafterTrainer:
             draft_length or self.config.unroll,
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and moments by name, referenced: all that is averaged between trainings of one drafter."""
+        found = {f"weights/{name}": tensor for name, tensor in self.module.state_dict().items()}
+        for index, parameter in enumerate(self._parameters):
+            state = self._optimizer.state[parameter]
+            if not state:  # as the first step would make them
+                zero = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state |= {"step": torch.zeros(()), "exp_avg": zero, "exp_avg_sq": zero.clone()}
+            found |= {f"moments/{index}/{name}": tensor for name, tensor in state.items()}
+        return found
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from copies of another training's `tensors`."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+        self.steps_done = int(tensors["moments/0/step"])
+
     def state_dict(self) -> dict[str, Any]:
         """All that `step` depends on, but the target and the episodes. Tensors are referenced, not copied."""
         return {
@@ -192,6 +213,10 @@ class DrafterTrainer:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         self.steps_done = state["steps_done"]
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    return device.type != "cpu" or not BF16_FEATURES.isdisjoint(cpu_model()[1])
 
 
 def unrolled_loss(
