@@ -36,6 +36,8 @@ class TrainConfig:
         weight_decay, betas: Of AdamW.
         gradient_clip: Largest norm of the gradient.
         unroll: Steps on the drafter's own states, as many as it is to draft (see `module`).
+        first_unroll: Steps to begin with, rising to `unroll` over the first three quarters of `total_steps`: early on, later
+            steps cost as much as the first and learn from states that mean nothing yet. None: `unroll`.
         step_decay: Weight of a step's loss over that of the step before.
         replay: What a prediction that verification rejected counts for beyond 1.
         row_tokens: Longest row of a batch; longer episodes are cut.
@@ -53,6 +55,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
     unroll: int = 5
+    first_unroll: int | None = None
     step_decay: float = 0.9
     replay: float = 1.0
     row_tokens: int = 512
@@ -70,8 +73,21 @@ class TrainConfig:
         for name in ("warmup_steps", "replay", "weight_decay", "final_rate"):
             if not getattr(self, name) >= 0:
                 raise invalid(name, getattr(self, name), "use a number >= 0")
+        if self.first_unroll is not None and not 1 <= self.first_unroll <= self.unroll:
+            raise invalid(
+                "first_unroll", self.first_unroll, f"use an integer within 1 .. unroll={self.unroll}"
+            )
+        if self.first_unroll is not None and self.total_steps is None:
+            raise invalid("first_unroll", self.first_unroll, "give total_steps, or leave it out")
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
             raise invalid("total_steps", self.total_steps, f"must exceed warmup_steps={self.warmup_steps}")
+
+    def unrolled(self, step: int) -> int:
+        """Steps that micro-batch `step`, from 0, is unrolled for."""
+        if self.first_unroll is None or self.total_steps is None:
+            return self.unroll
+        stretch = 0.75 * self.total_steps / max(1, self.unroll - self.first_unroll)
+        return min(self.unroll, self.first_unroll + int(step / stretch))
 
     def rate(self, step: int) -> float:
         """Learning rate of micro-batch `step`, from 0."""
@@ -145,7 +161,8 @@ class DrafterTrainer:
         batch = pack(episodes, config.row_tokens, replay=config.replay).to(self.device)
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            loss, alpha = unrolled_loss(self.module, self.target, batch, config)
+            steps = config.unrolled(self.steps_done)
+            loss, alpha = unrolled_loss(self.module, self.target, batch, config, steps)
         loss.backward()
         if reduce is not None:
             reduce([p.grad for p in self._parameters if p.grad is not None])
@@ -220,9 +237,9 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def unrolled_loss(
-    module: EagleModule, target: TargetTensors, batch: Batch, config: TrainConfig
+    module: EagleModule, target: TargetTensors, batch: Batch, config: TrainConfig, steps: int | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The objective over all steps of the unrolling, and per step the mean of 1 - TV(p, q).
+    """The objective over all steps of the unrolling (`steps`; None: `config.unroll`), and per step the mean of 1 - TV(p, q).
 
     In each step the loss is averaged over its predictions, by weight; the steps are averaged by `step_decay ** j`.
     """
@@ -235,7 +252,7 @@ def unrolled_loss(
     with torch.no_grad():
         _, on_draft = log_distribution(target.logits(spec, next_features), module.draft_tokens)
     total, scale, alpha = weights.new_zeros(()), 0.0, []
-    for step, states in enumerate(module.unroll(target, batch, config.unroll)):
+    for step, states in enumerate(module.unroll(target, batch, steps or config.unroll)):
         used = chosen(batch.drafts(step)).nonzero()[:, 0]
         if not len(used):
             alpha.append(weights.new_zeros(()))
