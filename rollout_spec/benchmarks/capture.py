@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,13 @@ class CaptureCost:
         """Every batch size."""
         for batch in BATCHES:
             params = SamplingParams(max_tokens=_TOKENS[batch], ignore_eos=True)
-            prompts = list(self._prompts[:batch])
             ids = [f"{batch}-{row}" for row in range(batch)]
             before = self._capture.captured
-            found = paired(
-                lambda prompts=prompts, params=params, ids=ids: self._captured.generate(prompts, params, request_ids=ids),
-                lambda prompts=prompts, params=params, ids=ids: self._plain.generate(prompts, params, request_ids=ids),
-                self.pairs,
-            )  # fmt: skip
+
+            def run(engine: RolloutEngine, params: SamplingParams = params, ids: list[str] = ids) -> None:
+                engine.generate(list(self._prompts[: len(ids)]), params, request_ids=ids)
+
+            found = paired(partial(run, self._captured), partial(run, self._plain), self.pairs)
             assert self._capture.captured - before == batch * (self.pairs + 1), "a sequence was not captured"
             low, high = median_interval(found.ratios)
             self.ratios[f"B={batch}"] = {
