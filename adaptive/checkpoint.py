@@ -189,6 +189,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 
 def _config(values: dict[str, Any]) -> TrainConfig:
     known = {"objective": Objective(**values["objective"]), "betas": tuple(values["betas"])}
+    if values["last_objective"] is not None:
+        known["last_objective"] = Objective(**values["last_objective"])
     return TrainConfig(**{**values, **known})
 
 

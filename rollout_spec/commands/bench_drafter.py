@@ -50,11 +50,14 @@ def adaptive(
     seed: int,
     json_path: Path | None,
 ) -> None:
-    """The eagle3 drafter of CHECKPOINT, grown with the shipped policy, against the quantized self-drafter, and both."""
+    """The drafter of CHECKPOINT, grown with the shipped policy, against the quantized self-drafter, and both.
+
+    CHECKPOINT was trained on the policy that `examples/arithmetic/expand_drafter.py fold` writes.
+    """
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         script = example_folder() / "expand_drafter.py"
-        options = ["--drafter", str(checkpoint), "--size", size, "--out", folder]
+        options = ["expand", "--drafter", str(checkpoint), "--size", size, "--out", folder]
         run = subprocess.run(
             [sys.executable, str(script), *options], capture_output=True, text=True, check=False
         )

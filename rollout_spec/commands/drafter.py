@@ -41,10 +41,12 @@ from rollout_spec.observe.report import EvidenceLevel, Report, finish, report_op
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_OBJECTIVES = {
-    "kl": Objective(),
-    "tv": Objective(kl=0.1, tv=1.0),
-    "eagle": Objective(feature=1.0, kl=0.1),
+_TV = Objective(kl=0.1, tv=1.0)
+_OBJECTIVES: dict[str, tuple[Objective, Objective | None]] = {
+    "kl": (Objective(), None),
+    "kl-tv": (Objective(), _TV),
+    "tv": (_TV, None),
+    "eagle": (Objective(feature=1.0, kl=0.1), None),
 }
 
 
@@ -126,7 +128,8 @@ def train_command(
         unroll=unroll,
         first_unroll=min(first_unroll, unroll),
         row_tokens=192,
-        objective=_OBJECTIVES[objective],
+        objective=_OBJECTIVES[objective][0],
+        last_objective=_OBJECTIVES[objective][1],
         seed=seed,
     )
     console, began = Console(), time.perf_counter()
