@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +93,8 @@ class DrafterTrainee:
 
     def add(self, episode: Episode) -> bool:
         """Take in an episode; called by the capture."""
-        held = zlib.crc32(episode.request_id.rsplit("/", 1)[0].encode()) % self._held_out == 0
+        request = episode.request_id.rsplit("/", 1)[0].encode()
+        held = int.from_bytes(hashlib.blake2b(request, digest_size=8).digest(), "big") % self._held_out == 0
         self.taught.advance(episode.version)
         self.judged.advance(episode.version)
         return (self.judged if held else self.taught).add(episode)

@@ -152,3 +152,11 @@ def test_an_episode_says_which_policy_it_is_of() -> None:
     roll_out(served)
     kept: list[Episode] = trainee.taught.episodes()
     assert {episode.version for episode in kept} == {0}
+
+
+def test_requests_named_alike_are_not_all_held_out_or_all_taught() -> None:
+    _, trainee = make(held_out=2)
+    tokens, features = torch.arange(4), torch.zeros(3, trainee.trainer.module.spec.feature_size)
+    for row in range(64):
+        trainee.add(Episode(f"0-0-{row}/0", tokens, features, 1, 0))
+    assert 16 < len(trainee.judged) < 48 and len(trainee.taught) + len(trainee.judged) == 64
