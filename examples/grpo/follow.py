@@ -1,8 +1,11 @@
-"""Does a drafter follow the policy? GRPO with a spot-trained drafter, a frozen one, and one trained for TV before RL.
+"""Does a drafter follow the policy? GRPO with a spot-trained drafter and two frozen ones.
 
-    rollout-spec drafter train examples/arithmetic/policy --out kl
-    rollout-spec drafter train examples/arithmetic/policy --out tv --objective tv
-    python examples/grpo/follow.py --drafter kl/step-00001600 --tv tv/step-00001600 --out follow
+    rollout-spec drafter train examples/arithmetic/policy --out tv --objective kl-tv
+    rollout-spec drafter train examples/arithmetic/policy --out kl --objective kl
+    python examples/grpo/follow.py --drafter tv/step-00001600 --kl kl/step-00001600 --out follow
+
+Whether a drafter that was trained for acceptance itself (total variation, TV) before RL needs no training during it, as has been
+argued, is what the first of the frozen ones shows; the second was trained for KL only.
 
 The policy is trained by `train.py`'s GRPO. Between rollout and update of every step the spot trainer has a fixed number of
 micro-batches, on the answers just sampled; it publishes what is accepted more often. Every few steps all drafters are
@@ -163,10 +166,8 @@ def plot(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="How a drafter follows a policy that GRPO trains.")
-    parser.add_argument(
-        "--drafter", type=Path, required=True, help="checkpoint of `rollout-spec drafter train`"
-    )
-    parser.add_argument("--tv", type=Path, help="one trained with --objective tv, for the ablation")
+    parser.add_argument("--drafter", type=Path, required=True, help="checkpoint to begin with")
+    parser.add_argument("--kl", type=Path, help="one trained with --objective kl, for the ablation")
     parser.add_argument("--out", type=Path, required=True, help="stem of the .json and .png to write")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=32, help="problems per step")
@@ -186,8 +187,8 @@ def main() -> None:
     run.follow(args.drafter, args.micro_batches, args.drafter_lr)
     judge = Judge(args.judged)
     drafters = {"frozen": read_checkpoint(args.drafter).module()}
-    if args.tv is not None:
-        drafters["trained for TV before RL, frozen"] = read_checkpoint(args.tv).module()
+    if args.kl is not None:
+        drafters["frozen, trained for KL"] = read_checkpoint(args.kl).module()
     spot = drafters["spot-trained"] = read_checkpoint(args.drafter).module()
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in drafters}
 

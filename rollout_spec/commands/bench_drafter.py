@@ -27,13 +27,13 @@ _DTYPES = click.Choice(("auto", "float32", "bfloat16"))
 @click.option(
     "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."
 )
-@click.option("--pairs", type=click.IntRange(3), default=9, show_default=True, help="Single answers.")
+@click.option("--pairs", type=click.IntRange(3), default=7, show_default=True, help="Single answers.")
 @click.option(
-    "--draws", type=click.IntRange(3), default=9, show_default=True, help="Rollouts per batch size."
+    "--draws", type=click.IntRange(3), default=5, show_default=True, help="Rollouts per batch size."
 )
 @click.option("--batch", type=click.IntRange(1, 32), multiple=True, help="Of a rollout; default: 8.")
-@click.option("--self-drafter", type=click.Choice(DRAFTERS[1:-1]), default="nf4", show_default=True)
-@click.option("--quantizer", type=click.Choice(ADAPTIVE_QUANTIZERS), default="nf4", show_default=True,
+@click.option("--self-drafter", type=click.Choice(DRAFTERS[:-1]), default="auto", show_default=True)
+@click.option("--quantizer", type=click.Choice(ADAPTIVE_QUANTIZERS), default="int8", show_default=True,
               help="Of the trained drafter's linears.")  # fmt: skip
 @click.option("--dtype", type=_DTYPES, default="auto", show_default=True, help="Of the policy.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
@@ -77,7 +77,7 @@ def adaptive(
     results = {
         "model": f"shipped arithmetic policy, expanded to {size}",
         "dtype": str(benchmark.engine.backend.dtype),
-        "self_drafter": self_drafter,
+        "self_drafter": benchmark.self_drafter,
         "adaptive_quantizer": quantizer,
         "spec": larger.spec.to_dict(),
         "costs": benchmark.costs.to_dict(),
