@@ -31,9 +31,9 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 TRAINING = TrainConfig(unroll=2, warmup_steps=5, row_tokens=192)
 OPTIONS = SpotOptions(micro_batches=2, publish_every=2)
-VICTIMS = (
-    ("trainer",), ("coordinator",), ("worker",), ("trainer", "coordinator"), ("worker", "coordinator"), ("trainer", "worker"),
-)  # fmt: skip
+ALONE = (("trainer",), ("coordinator",), ("worker",))
+TOGETHER = (("trainer", "coordinator"), ("worker", "coordinator"), ("trainer", "worker"))
+VICTIMS = (*ALONE, *ALONE, *TOGETHER)
 SHORT, LONG = 0, 1  # places of the worker that idles, and trains, and of the one that decodes on
 
 
@@ -45,10 +45,10 @@ def make_group(folder: Path) -> Any:
     return SpotGroup(2, engine, trainee, folder, OPTIONS)
 
 
-def make_shares(round_: int, long: int = 4) -> list[Share]:
+def make_shares(round_: int, long: int = 3) -> list[Share]:
     pool = sorted(load_problems().prompts(128, seed=round_, split="test"), key=len)
     parts = pool[:4], pool[-long:]
-    params = SamplingParams(n=2, max_tokens=400, seed=round_)
+    params = SamplingParams(n=2, max_tokens=256, seed=round_)
     return [Share(tuple(p), tuple(f"{round_}-{place}-{i}" for i in range(len(p))), params)
             for place, p in enumerate(parts)]  # fmt: skip
 

@@ -42,10 +42,10 @@ def test_idle_workers_train_and_publish_to_every_engine(group: Any) -> None:
     for round_ in range(3):
         shares = make_shares(round_)
         answers = group.rollout(shares)
-        assert same(answers, undisturbed(alone, shares)) == (16, 16)
+        assert same(answers, undisturbed(alone, shares)) == (14, 14)
     figures = group.figures()
     coordinator, workers = figures["coordinator"], figures["workers"].values()
-    assert coordinator["version"] >= 1 and coordinator["step"] >= 2
+    assert coordinator["version"] >= 1 and coordinator["step"] >= 2, coordinator["said"]
     assert {worker["version"] for worker in workers} == {coordinator["version"]}
     assert any("published" in text for text in coordinator["said"])
     assert sum(c.spec.accepted for completions in answers for c in completions) > 0
@@ -127,7 +127,7 @@ def test_a_share_asked_anew_under_other_ids_would_be_noticed(
     answers = group.rollout(shares, kill, interval=0.05)
     assert group.deaths == 1
     count, equal = same(answers, undisturbed(make_undisturbed(), shares))
-    assert count == 16 and equal < 16
+    assert count == 14 and equal < 14
 
 
 def test_an_actor_that_is_left_behind_would_be_noticed(cluster: None, tmp_path: Path) -> None:
