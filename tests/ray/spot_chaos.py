@@ -168,7 +168,7 @@ def chaos(group: Any, rounds: int, seed: int = 0, update_every: int = 5) -> list
         answers = group.rollout(shares, killer, interval=0.05)
         seconds = time.perf_counter() - start
         late = killer.finish()
-        group.heal()
+        wait_for_deaths(group, deaths + len(victims))
         figures = group.figures()
         pids |= actor_pids()
         count, equal = same(answers, undisturbed(alone, shares))
@@ -184,6 +184,14 @@ def chaos(group: Any, rounds: int, seed: int = 0, update_every: int = 5) -> list
             }
         )  # fmt: skip
     return done, pids
+
+
+def wait_for_deaths(group: Any, deaths: int, seconds: float = 30.0) -> None:
+    """Have the group replace its dead until so many have been, for a kill takes a moment to be noticed."""
+    until = time.monotonic() + seconds
+    while group.deaths < deaths and time.monotonic() < until:
+        group.heal()
+        time.sleep(0.05)
 
 
 def check(rounds: list[dict[str, Any]]) -> None:

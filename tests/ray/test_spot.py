@@ -22,6 +22,7 @@ from spot_chaos import (
     make_undisturbed,
     same,
     undisturbed,
+    wait_for_deaths,
     with_other_ids,
 )
 
@@ -84,10 +85,7 @@ def test_a_new_coordinator_goes_on_from_the_checkpoint(group: Any) -> None:
     assert before["step"] >= 1 and before["version"] >= 1
     _wait_until_saved(Path(group._folder))
     os.kill(before["pid"], signal.SIGKILL)
-    until = time.monotonic() + 30
-    while group.deaths == 0 and time.monotonic() < until:
-        group.heal()
-        time.sleep(0.1)
+    wait_for_deaths(group, 1)
     after = group.figures()["coordinator"]
     assert after["epoch"] > before["epoch"] and after["version"] >= before["version"]
     assert before["step"] - 1 <= after["step"]
