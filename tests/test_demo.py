@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from rollout_spec import RolloutEngine, SamplingParams, cli, example_policy
 from rollout_spec.commands import demo
 from rollout_spec.contracts import RolloutSpecError
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.observe.live import LiveRollouts, Meter
 from rollout_spec.observe.report import Report
 from rollout_spec.torch_backend import backend as backend_module
@@ -145,7 +146,9 @@ def test_problems_are_spread_over_all_lengths():
 
 
 def test_the_meter_counts_what_the_completions_count(policy):
-    engine = RolloutEngine.from_pretrained(policy, dtype="float32", speculation={"drafter": "nf4"})
+    engine = RolloutEngine.from_pretrained(
+        policy, dtype="float32", speculation={"drafter": usual_quantizer("cpu", torch.float32)}
+    )
     watch = LiveRollouts(Console(file=io.StringIO()), ["run"])
     params = SamplingParams(n=4, max_tokens=60, ignore_eos=True)
     meters = []
@@ -168,7 +171,9 @@ def test_the_meter_counts_what_the_completions_count(policy):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_fits_the_terminal(policy, width):
-    engine = RolloutEngine.from_pretrained(policy, dtype="float32", speculation={"drafter": "nf4"})
+    engine = RolloutEngine.from_pretrained(
+        policy, dtype="float32", speculation={"drafter": usual_quantizer("cpu", torch.float32)}
+    )
     console = Console(file=io.StringIO(), force_terminal=True, width=width)
     watch = LiveRollouts(console, ["plain", "speculative"])
     params = SamplingParams(n=2, max_tokens=200, ignore_eos=True)  # long enough to be seen

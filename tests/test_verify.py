@@ -17,6 +17,7 @@ from rollout_spec.commands.verify import default_prompts, read_prompts
 from rollout_spec.contracts import InvalidRequest
 from rollout_spec.drafters import quantized
 from rollout_spec.drafters.guard import DrafterGuard
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.observe.report import Report
 from rollout_spec.proofs import distribution
 from rollout_spec.proofs.distribution import chi_square
@@ -25,13 +26,14 @@ from rollout_spec.torch_backend import backend as backend_module
 from rollout_spec.torch_backend.runner import Runner
 
 VOCAB = 61
-QUICK = ("--requests", 2, "--seeds", 2, "--max-tokens", 32, "--samples", 600, "--drafter", "nf4")
+DRAFTER = usual_quantizer("cpu", torch.float32)
+QUICK = ("--requests", 2, "--seeds", 2, "--max-tokens", 32, "--samples", 600, "--drafter", DRAFTER)
 NOISE = 3e-6  # of logits, where a device that is not row-invariant is played
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A random policy whose nf4 copy is wrong often enough to be caught."""
+    """A random policy whose quantized copy is wrong often enough to be caught."""
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
         Qwen3Config(

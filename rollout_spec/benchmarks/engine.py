@@ -14,6 +14,7 @@ from rollout_spec.benchmarks.degrade import acceptance as measured_acceptance
 from rollout_spec.benchmarks.degrade import degrade
 from rollout_spec.benchmarks.paired import Paired, paired
 from rollout_spec.contracts import Completion, SamplingParams
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import example_folder, expanded_policy, load_problems
 from rollout_spec.policy.baselines import Fixed, Off
@@ -88,7 +89,12 @@ class EngineBenchmark:
 
     def speculation_against_plain(self) -> None:
         """Speculation against the engine's own plain decoding: the same tokens of the policy's own text."""
-        engine = self._engine(self.path, drafter="nf4", verifier="coupled", canary_min_acceptance=0.0)
+        engine = self._engine(
+            self.path,
+            drafter=usual_quantizer("cpu", torch.bfloat16),
+            verifier="coupled",
+            canary_min_acceptance=0.0,
+        )
         work = {batch: self._long_answers(engine, batch) for batch in _DRAFT_LENGTH}
         for acceptance in (None, *_DEGRADED):
             if acceptance is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from rollout_spec.benchmarks.bootstrap import median_interval
@@ -17,6 +18,7 @@ from rollout_spec.benchmarks.calibrated import calibrated
 from rollout_spec.benchmarks.degrade import degrade, perturb
 from rollout_spec.contracts import Completion, SamplingParams, SpecCounts
 from rollout_spec.drafters.history import History
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import load_problems
 from rollout_spec.policy.automatic import AutomaticPolicy
@@ -79,17 +81,21 @@ class LongTail:
             max_model_len=640,
             max_num_seqs=batch,
             speculation={
-                "drafter": "nf4",
+                "drafter": usual_quantizer("cpu", torch.bfloat16),
                 "draft_length": 6,
                 "verifier": "coupled",
                 "canary_min_acceptance": 0.0,
             },
         )
+        drafter = self.engine.backend.weights.drafter
+        assert drafter is not None
+        self.drafter = drafter.name
         calibration = calibrated(self.engine, console)
         self.costs = calibration.cost_model
         self.results: dict[str, dict[str, Any]] = {}
         self.over: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {
+            "drafter": self.drafter,
             "exactness": self.engine.stats().exactness,
             "costs": self.costs.to_dict(),
             "held_out_error": {kind: vars(error) for kind, error in calibration.held_out.items()},
@@ -247,7 +253,7 @@ class LongTail:
         return [self._workload(lengths[row : row + self.batch]) for row in range(0, len(lengths), self.batch)]
 
     def _workload(self, lengths: Sequence[int]) -> Workload:
-        alpha = {"nf4": self._alpha}
+        alpha = {self.drafter: self._alpha}
         return from_lengths("rollout", np.array(lengths), prompt=_PROMPT, alpha=alpha, limit=_LONGEST)
 
     def _tune(self, workloads: list[Workload]) -> tuple[Callable[[], SpeculationPolicy], ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from rollout_spec.benchmarks.bootstrap import median_interval
@@ -16,6 +18,7 @@ from rollout_spec.benchmarks.calibrated import calibrated
 from rollout_spec.benchmarks.degrade import perturb
 from rollout_spec.contracts import SamplingParams
 from rollout_spec.drafters.history import History
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import load_problems
 from rollout_spec.models.checkpoint import read_checkpoint
@@ -26,16 +29,22 @@ from rollout_spec.policy.records import Matches, Plan, Reason, SpeculationPolicy
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = 64  # of every answer: all end together, which is where tokens ahead of the others are worth least
+_PROMPT = 20  # characters: answers to such prompts are longer than that, so that all text is the policy's own
+_LEAST_SECONDS, _MOST_TRIPLES = 20.0, 25  # short runs are repeated until they have taken as long, or as often
 _USELESS = 4.0  # relative noise on the drafter's weights that leaves nothing of it
 
 
 class NeverSlower:
     """Automatic mode against plain decoding in one engine, so at equal memory, at every batch size.
 
-    Every pair has prompts of its own, so that history finds nothing but the answer at hand.
+    Every automatic run stands between two plain ones of the same prompts, whose mean it is compared with, and whose
+    ratio says what the machine's noise is. Every such triple has prompts of its own, so that history finds nothing
+    but the answer at hand.
 
     Attributes:
-        ratios: By situation and batch: median and interval of plain time / automatic time, and the pairs.
+        drafter: Kind of the self-drafter.
+        ratios: By situation and batch: median and interval of plain time / automatic time, the same of the first
+            plain time / the second, and the number of triples.
     """
 
     def __init__(self, path: Path, pairs: int, seed: int, console: Console) -> None:
@@ -47,11 +56,12 @@ class NeverSlower:
             max_model_len=512,
             max_num_seqs=max(BATCHES),
             kv_cache_tokens=max(BATCHES) * 192,
-            speculation={"drafter": "nf4", "draft_length": 4, "canary": False, "canary_min_acceptance": 0.0},
+            speculation=_speculation() | {"canary": False, "canary_min_acceptance": 0.0},
         )
+        self.drafter = self.engine.stats().drafter
         self.calibration = calibrated(self.engine, console)
         self._history = History()
-        self._prompts = iter(load_problems().prompts(3 * (pairs + 1) * sum(BATCHES), seed, "test"))
+        self._prompts = _long_prompts(seed)
 
     def useful(self) -> None:
         """With the drafter as it is, learning on from run to run, as in use."""
@@ -75,35 +85,57 @@ class NeverSlower:
         automatic, off = AutomaticPolicy(self.calibration.cost_model, seed=self.seed), Off()
         params = SamplingParams(max_tokens=_TOKENS, ignore_eos=True)
         for batch in BATCHES:
-            seconds: dict[bool, list[float]] = {False: [], True: []}
+            triples: list[tuple[float, float, float]] = []
 
             def run(policy: SpeculationPolicy, prompts: list[str]) -> float:
-                before()
                 backend.policy = policy
                 backend.history = self._history if policy is automatic else None
+                before()
                 start = time.perf_counter()
                 engine.generate(prompts, params)
                 return time.perf_counter() - start
 
             with self.console.status(f"{situation}, B={batch}"):
-                for pair in range(-1, self.pairs):
+                prompts = list(islice(self._prompts, batch))
+                taken = run(off, prompts), run(automatic, prompts), run(off, prompts)  # not counted
+                repeats = math.ceil(_LEAST_SECONDS / sum(taken))
+                for _ in range(max(self.pairs, min(repeats, _MOST_TRIPLES))):
                     prompts = list(islice(self._prompts, batch))
-                    for speculates in (False, True) if pair % 2 else (True, False):
-                        taken = run(automatic if speculates else off, prompts)
-                        if pair >= 0:
-                            seconds[speculates].append(taken)
-            ratios = np.array(seconds[False]) / np.array(seconds[True])
-            low, high = median_interval(ratios.tolist(), level=0.90)  # low: the one-sided 95 % bound
+                    triples.append((run(off, prompts), run(automatic, prompts), run(off, prompts)))
+            first, speculated, second = np.array(triples).T
             name = f"{situation}, B={batch}"
-            self.ratios[name] = {
-                "median_ratio": round(float(np.median(ratios)), 4),
-                "lower_95": round(low, 4),
-                "upper_95": round(high, 4),
-                "pairs": self.pairs,
+            row = _ratios((first + second) / 2 / speculated)
+            self.ratios[name] = row | {
+                "plain_over_plain": _ratios(first / second),
+                "triples": len(triples),
                 "tokens": _TOKENS,
-                "plain_seconds": round(float(np.median(seconds[False])), 4),
+                "plain_seconds": round(float(np.median(first)), 4),
             }
-            self.console.print(f"{name}: {np.median(ratios):.3f} ({low:.3f}-{high:.3f})", highlight=False)
+            self.console.print(
+                f"{name}: {row['median_ratio']:.3f} ({row['lower_95']:.3f}-{row['upper_95']:.3f})",
+                highlight=False,
+            )
+
+
+def _long_prompts(seed: int) -> Iterator[str]:
+    """Prompts of at least `_PROMPT` characters, all different."""
+    seen: set[str] = set()
+    for part in count(seed << 16):
+        for prompt in load_problems().prompts(4096, part, "test"):
+            if len(prompt) >= _PROMPT and prompt not in seen:
+                seen.add(prompt)
+                yield prompt
+
+
+def _ratios(values: np.ndarray) -> dict[str, float]:
+    """Median and interval; `lower_95` is the one-sided bound."""
+    low, high = median_interval(values.tolist(), level=0.90)
+    median = float(np.median(values))
+    return {"median_ratio": round(median, 4), "lower_95": round(low, 4), "upper_95": round(high, 4)}
+
+
+def _speculation() -> dict[str, Any]:
+    return {"drafter": usual_quantizer("cpu", torch.bfloat16), "draft_length": 4}
 
 
 class _Switching(Stateless):
@@ -130,7 +162,7 @@ def toggling_overhead(path: Path, batch: int, pairs: int, seed: int) -> dict[str
         seed=seed,
         max_model_len=512,
         max_num_seqs=batch,
-        speculation={"drafter": "nf4", "draft_length": 4},
+        speculation=_speculation(),
     )
     prompts = sorted(load_problems().prompts(256, seed, "test"), key=len)[-batch:]
     ids = [f"toggling-{row}" for row in range(batch)]

@@ -142,12 +142,11 @@ def command(
 def _engine(folder: Path, seed: int) -> RolloutEngine:
     import torch
 
-    from rollout_spec.drafters.quantize import available_quantizers
+    from rollout_spec.drafters.quantize import usual_quantizer
     from rollout_spec.engine import RolloutEngine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    drafter = "int8" if available_quantizers(device, torch.bfloat16)["nf4"] else "nf4"
-    speculation = {"verifier": "coupled", "drafter": drafter}
+    speculation = {"verifier": "coupled", "drafter": usual_quantizer(device, torch.bfloat16)}
     engine = RolloutEngine.from_pretrained(folder, seed=seed, speculation=speculation)
     if engine.tokenizer is None:
         raise RolloutSpecError(f"{folder}: no tokenizer; the demo's prompts are text")

@@ -31,12 +31,15 @@ __all__ = [
     "expected_tau",
     "get_quantizer",
     "time_quantizers",
+    "usual_quantizer",
 ]
 
 QUANTIZERS: dict[str, Quantizer] = {
     quantizer.name: quantizer
     for quantizer in (Nf4Quantizer(), Int4Quantizer(), Int8Quantizer(), DenseQuantizer())
 }
+
+_USUAL = ("nf4", "int4", "int8")
 
 
 def available_quantizers(device: torch.device | str, dtype: torch.dtype) -> dict[str, str | None]:
@@ -53,6 +56,15 @@ def get_quantizer(name: str, device: torch.device | str, dtype: torch.dtype) -> 
         usable = ", ".join(other for other, reason in reasons.items() if reason is None)
         raise invalid("speculation.drafter", name, f"{reasons[name]}; available here: {usable or 'none'}")
     return QUANTIZERS[name]
+
+
+def usual_quantizer(device: torch.device | str, dtype: torch.dtype) -> str:
+    """The kind to draft with where none was timed: 4 bits where they run, else 8. InvalidRequest if none does."""
+    reasons = available_quantizers(device, dtype)
+    return (
+        next((name for name in _USUAL if reasons[name] is None), None)
+        or get_quantizer("int8", device, dtype).name
+    )
 
 
 def time_quantizers(

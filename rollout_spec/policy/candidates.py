@@ -19,25 +19,50 @@ _MOST = 0.999  # nothing is certain
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one arm could do in a pass.
+    """What one arm could do in a pass. Only its gain is needed to compare it; the rest is worked out when asked for.
 
     Attributes:
         drafter: Who drafts behind history, or None.
-        draft_lengths: int64 [B].
-        from_history: How many of these are history's, the first, int64 [B].
-        tokens: Tokens expected of each sequence, the target's own included, float64 [B].
-        square: Mean square of the tokens of a sequence.
+        before: Tokens of history ahead of those that `alive` is about, int64 [B].
+        certain: Tokens expected of them, float64 [B].
+        alive: P(tokens 1..j accepted), 0 for those not on offer, float64 [B, longest].
+        offered: Which are on offer, bool [B, longest], a beginning of each row; None: all.
+        depth: Of these, tokens from here on are not drafted.
         gain: Predicted speed over plain decoding.
         seconds: Predicted time of the pass.
     """
 
     drafter: str | None
-    draft_lengths: np.ndarray
-    from_history: np.ndarray
-    tokens: np.ndarray
-    square: float
+    before: np.ndarray
+    certain: np.ndarray
+    alive: np.ndarray
+    offered: np.ndarray | None
+    depth: int
     gain: float
     seconds: float
+
+    @cached_property
+    def draft_lengths(self) -> np.ndarray:
+        """int64 [B]."""
+        if self.offered is None:
+            return self.before + self.depth
+        return self.before + self.offered[:, : self.depth].sum(1)
+
+    @property
+    def from_history(self) -> np.ndarray:
+        """How many of these are history's, the first, int64 [B]."""
+        return self.draft_lengths if self.drafter is None else self.before
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Tokens expected of each sequence, the target's own included, float64 [B]."""
+        return 1.0 + self.certain + self.alive[:, : self.depth].sum(1)
+
+    @property
+    def square(self) -> float:
+        """Mean square of the tokens of a sequence, those of history ahead left out."""
+        ahead = 2 * np.arange(1, self.depth + 1) + 1
+        return 1.0 + float((self.alive[:, : self.depth] @ ahead).mean())
 
 
 class Round:
@@ -69,30 +94,29 @@ class Round:
         assert matches is not None
         limit = np.minimum(matches.lengths, self.room)
         alive = np.minimum(matches.confidence, _MOST)[:, None] ** self.policy.depth
-        lengths, tokens, square, gain, seconds = self._best(alive, limit, None, self.zeros, 1.0)
-        return Candidate(None, lengths, lengths, tokens, square, gain, seconds)
+        return self._best(alive, limit, None, self.zeros, self.zeros)
 
     def _drafted(self, arm: str, name: str) -> Candidate:
         """A drafter with weights, behind what history proposes if the arm says so."""
         alive = self.policy.acceptance[name].survival(self.state.slots)
         if arm == name:
-            lengths, tokens, square, gain, seconds = self._best(alive, self.room, name, self.zeros, 1.0)
-            return Candidate(name, lengths, self.zeros, tokens, square, gain, seconds)
+            return self._best(alive, self.room, name, self.zeros, self.zeros)
         before, matches = self._history.draft_lengths, self.state.matches
         assert matches is not None
         confidence = np.minimum(matches.confidence, _MOST)
         reached = confidence**before
         certain = np.where(before > 0, confidence * (1 - reached) / (1 - confidence), 0.0)
-        worth = 1.0 + float(self.weights @ certain)
-        own, tokens, square, gain, seconds = self._best(
-            alive * reached[:, None], self.room - before, name, before, worth
-        )
-        return Candidate(name, before + own, before, tokens + certain, square, gain, seconds)
+        return self._best(alive * reached[:, None], self.room - before, name, before, certain)
 
     def _best(
-        self, alive: np.ndarray, limit: np.ndarray, drafter: str | None, before: np.ndarray, worth: float
-    ) -> tuple[np.ndarray, np.ndarray, float, float, float]:
-        """Draft lengths of the largest gain, at least one token somewhere, what to expect, and the time of the pass.
+        self,
+        alive: np.ndarray,
+        limit: np.ndarray,
+        drafter: str | None,
+        before: np.ndarray,
+        certain: np.ndarray,
+    ) -> Candidate:
+        """The draft lengths of the largest gain, at least one token somewhere.
 
         A token is on offer if it is worth what it costs by itself, at the gain the arm had last (Dinkelbach's
         iteration for a ratio, one round per pass); of these, the depth is taken that makes the gain largest.
@@ -102,27 +126,22 @@ class Round:
             limit: Most tokens per sequence, int64 [B].
             drafter: Who drafts them, or None where drafting is free.
             before: Tokens drafted ahead of these, int64 [B].
-            worth: Value of the pass without these tokens.
-
-        Returns:
-            The lengths, int64 [B]; tokens expected of them and the target's own, float64 [B]; gain; seconds.
+            certain: Tokens expected of those, float64 [B].
         """
         active = [self.batch] * len(self.policy.depth)
-        kept: np.ndarray | None = None
+        offered: np.ndarray | None = None
         if limit.min() < len(active):
-            kept = self.policy.depth <= limit[:, None]
+            offered = self.policy.depth <= limit[:, None]
         if self.policy.ragged and self.batch > 1:
             price = self._price(drafter) * self.policy.last_gain / self.plain_seconds
             worthy = alive > (price / self.weights)[:, None]
             if worthy.any():
-                kept = worthy if kept is None else worthy & kept
-        if kept is not None:
-            alive, active = alive * kept, kept.sum(0).tolist()
+                offered = worthy if offered is None else worthy & offered
+        if offered is not None:
+            alive, active = alive * offered, offered.sum(0).tolist()
+        worth = 1.0 if certain is self.zeros else 1.0 + float(self.weights @ certain)
         depth, gain, seconds = self._deepest((self.weights @ alive).tolist(), active, drafter, before, worth)
-        lengths = np.full(self.batch, depth) if kept is None else kept[:, :depth].sum(1)
-        taken = alive[:, :depth]
-        square = 1.0 + float((taken @ (2 * self.policy.depth[:depth] + 1)).mean())
-        return lengths, 1.0 + taken.sum(1), square, gain, seconds
+        return Candidate(drafter, before, certain, alive, offered, depth, gain, seconds)
 
     def _price(self, drafter: str | None) -> float:
         """Seconds that one more token of one sequence costs: a row to verify, a sequence in a draft step."""

@@ -5,8 +5,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rollout_spec import RolloutEngine
+from rollout_spec.drafters.quantize import available_quantizers, usual_quantizer
 
 VOCAB, EOS = 61, 1
+DRAFTER = usual_quantizer("cpu", torch.float32)  # for tests that do not care which
+KINDS = [k for k, lacks in available_quantizers("cpu", torch.float32).items() if not lacks and k != "dense"]
 
 
 class CharTokenizer:
@@ -42,7 +45,7 @@ def model():
 def make_engine(model):
     """An engine on the tiny model; options as for EngineConfig, `speculation` as a dict or a drafter's name."""
 
-    def make(policy=None, speculation="nf4", version=0, **options):
+    def make(policy=None, speculation=DRAFTER, version=0, **options):
         if isinstance(speculation, str):
             speculation = {"drafter": speculation}
         speculation = {"canary_min_acceptance": 0.0, "draft_length": 4} | speculation

@@ -10,6 +10,8 @@ from rollout_spec.policy.baselines import RandomLengths
 from rollout_spec.torch_backend.attention import PagedAttention, Rows, causal_mask, padded_blocks
 from rollout_spec.torch_backend.kv_cache import KVCache
 
+from .conftest import DRAFTER
+
 DTYPES = [torch.float32, torch.bfloat16]
 # Largest error against float64 attention over the same (rounded) inputs, of outputs of size about 1. Scores reach
 # about 10 and are rounded to the dtype, by 2^-24 or 2^-9 of their size: weights are off by 6e-7 or 2e-2 of theirs.
@@ -257,7 +259,7 @@ def test_what_a_drafter_writes_into_the_cache_reaches_no_output(
 ):
     """A masked entry is still read (0 * NaN is NaN), so nothing of a drafter may outlive the pass it drafted for."""
     engine = make_engine(
-        speculation={"drafter": "nf4", "verifier": verifier, "canary": False}, max_num_seqs=4, version=1
+        speculation={"drafter": DRAFTER, "verifier": verifier, "canary": False}, max_num_seqs=4, version=1
     )
     engine.backend.policy = RandomLengths(1, longest=6, off=0)
     corrupt(engine, junk)
@@ -272,7 +274,7 @@ def test_what_the_canary_writes_reaches_no_output(
     make_engine, model, plain, prompts, monkeypatch, junk, length
 ):
     """The canary runs the drafter over whole contexts, short ones with padding rows, which go to the sink block."""
-    engine = make_engine(speculation="nf4", max_num_seqs=4)
+    engine = make_engine(speculation=DRAFTER, max_num_seqs=4)
     corrupt_at_commit(engine, monkeypatch, junk)
     engine.generate([[3] * length] * 4, SamplingParams(max_tokens=1))
     engine.update_weights(model.named_parameters())

@@ -16,9 +16,11 @@ from rollout_spec.policy.records import HISTORY, Reason
 from rollout_spec.torch_backend import choose_policy as choosing
 from rollout_spec.torch_backend.calibrate import BRIEF, calibration_key, measure
 
-AUTOMATIC = {"drafter": "nf4", "draft_length": None, "probe_share": 0.05, "explore_share": 0.05}
+from .conftest import DRAFTER
+
+AUTOMATIC = {"drafter": DRAFTER, "draft_length": None, "probe_share": 0.05, "explore_share": 0.05}
 CHEAP = CostModel(
-    {"target": PassCost(2e-3, 0.0, 1e-3, 1e-6, 0.0), "nf4": PassCost(3e-4, 0.0, 1e-4, 1e-6, 0.0)}
+    {"target": PassCost(2e-3, 0.0, 1e-3, 1e-6, 0.0), DRAFTER: PassCost(3e-4, 0.0, 1e-4, 1e-6, 0.0)}
 )
 
 
@@ -46,7 +48,7 @@ def test_calibrates_once_says_so_and_finds_it_again(make_engine, prompts, cache,
     assert engine.stats().calibration == "brief"
     assert isinstance(engine.backend.policy, AutomaticPolicy)
     kinds = {timing.kind for timing in engine.backend.calibration.timings}
-    assert kinds == {"target", "nf4"}
+    assert kinds == {"target", DRAFTER}
     found = calibration.read(calibration.cache_path(calibration_key(engine.backend)))
     assert found.cost_model == engine.backend.calibration.cost_model
 
@@ -59,7 +61,7 @@ def test_calibrates_once_says_so_and_finds_it_again(make_engine, prompts, cache,
 def test_another_dtype_or_drafter_is_another_calibration(make_engine, cache):
     keys = [
         calibration_key(make_engine(speculation={"drafter": drafter}, dtype=dtype).backend)
-        for drafter in ("nf4", "int8", "none")
+        for drafter in (DRAFTER, "int8", "none")
         for dtype in ("float32", "bfloat16")
     ]
     assert len({str(calibration.cache_path(key)) for key in keys}) == len(keys)
@@ -100,7 +102,7 @@ def test_no_room_to_calibrate_is_said(make_engine, prompts, cache, caplog):
 
 def test_a_fixed_draft_length_needs_no_calibration(make_engine, cache, monkeypatch):
     monkeypatch.setattr(choosing, "measure", lambda *_: pytest.fail("measured"))
-    engine = make_engine(speculation={"drafter": "nf4", "draft_length": 3})
+    engine = make_engine(speculation={"drafter": DRAFTER, "draft_length": 3})
     assert isinstance(engine.backend.policy, Fixed)
     off = make_engine(speculation={"drafter": "none", "draft_length": None, "history": False})
     assert isinstance(off.backend.policy, Off)
@@ -156,7 +158,7 @@ def test_a_trace_tells_every_pass_and_every_sample(make_engine, model, prompts, 
     assert sum(step.drafted for step in trace.steps) == after.spec.drafted - before.spec.drafted
     assert sum(step.accepted for step in trace.steps) == after.spec.accepted - before.spec.accepted
     assert {step.reason for step in trace.steps} <= {reason.value for reason in Reason}
-    assert {"nf4"} & {step.mode for step in trace.steps}
+    assert {DRAFTER} & {step.mode for step in trace.steps}
     assert len(trace.requests) == len(completions)
     assert all(request.finished > request.started >= 0 for request in trace.requests)
     assert trace.about["what"] == "a test" and trace.about["cpu"]

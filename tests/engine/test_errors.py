@@ -14,7 +14,7 @@ from rollout_spec import RolloutEngine, SamplingParams
 from rollout_spec.contracts import InvalidRequest, RolloutSpecError, UnsupportedModel, WeightError
 from rollout_spec.engine import EngineAsleep
 
-from .conftest import VOCAB, make_model
+from .conftest import DRAFTER, VOCAB, make_model
 
 PARAMS = SamplingParams(n=2, max_tokens=12)
 IDS = list("abcdef")
@@ -35,13 +35,13 @@ class Usable:
         assert stats.live == stats.waiting == 0 and stats.kv_tokens_free == stats.kv_tokens
         assert not self.engine._live
         assert self.answers() == self.before
-        assert self.engine.stats().drafter == "nf4" and not self.engine.stats().reports
+        assert self.engine.stats().drafter == DRAFTER and not self.engine.stats().reports
 
 
 @pytest.fixture(scope="module")
 def usable(make_engine, prompts):
     return Usable(
-        make_engine(kv_cache_tokens=512, speculation={"drafter": "nf4", "draft_length": 3}), prompts
+        make_engine(kv_cache_tokens=512, speculation={"drafter": DRAFTER, "draft_length": 3}), prompts
     )
 
 
@@ -544,11 +544,11 @@ def test_concurrent_updates_go_one_after_the_other(make_engine, newer, prompts):
     fresh = make_engine(make_model(7), version=10)
     one, other = (e.generate(prompts, PARAMS, request_ids=IDS) for e in (engine, fresh))
     assert [c.token_ids for c in one] == [c.token_ids for c in other]
-    assert engine.stats().drafter == "nf4"
+    assert engine.stats().drafter == DRAFTER
 
 
 @pytest.mark.parametrize("verifier", ["coupled", "rejection"])
-@pytest.mark.parametrize("speculation", ["nf4", "none"])
+@pytest.mark.parametrize("speculation", [DRAFTER, "none"])
 def test_a_policy_of_nan_answers_and_a_good_update_recovers_fully(
     make_engine, prompts, verifier, speculation
 ):

@@ -11,6 +11,8 @@ from rollout_spec import SamplingParams
 from rollout_spec.contracts import FinishReason
 from rollout_spec.policy.baselines import Off, RandomLengths
 
+from .conftest import DRAFTER
+
 EOS = 1
 
 
@@ -47,7 +49,7 @@ def test_completions_come_in_order_of_prompts_and_samples(engine, prompts):
 
 @pytest.mark.parametrize("verifier", ["coupled", "rejection"])
 def test_logprobs_equal_a_plain_reforward(model, make_engine, prompts, verifier):
-    engine = make_engine(speculation={"drafter": "nf4", "verifier": verifier})
+    engine = make_engine(speculation={"drafter": DRAFTER, "verifier": verifier})
     params = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=30, logprobs=3)
     for completion in engine.generate(prompts, params):
         logits = reforward(model, completion)
@@ -294,7 +296,7 @@ def test_sleep_wakes_up_to_the_same_answers(make_engine, model, prompts):
         engine.wake_up()
         if level == 2:
             stats = engine.stats()
-            assert stats.version == 5 and stats.canary_acceptance > 0 and stats.drafter == "nf4"
+            assert stats.version == 5 and stats.canary_acceptance > 0 and stats.drafter == DRAFTER
             assert len(engine.generate(prompts, params)) == len(prompts)
         else:
             assert tokens(engine.generate(prompts, params, request_ids=list("abcdef"))) == before

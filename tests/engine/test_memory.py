@@ -11,7 +11,7 @@ from rollout_spec.policy.baselines import Fixed, RandomLengths
 from rollout_spec.torch_backend.kv_cache import KVCache
 from rollout_spec.torch_backend.scheduler import Scheduler
 
-from .conftest import VOCAB
+from .conftest import DRAFTER, VOCAB
 
 SENTINEL = 37.5
 
@@ -167,7 +167,7 @@ def test_no_write_lands_outside_a_requests_own_blocks(make_engine, plain, verifi
         {"kv_cache_tokens": 160, "max_num_seqs": 6}, {"kv_cache_tokens": 96, "max_num_seqs": 4, "prefill_chunk": 7},
         {"kv_cache_tokens": 800, "max_num_seqs": 16}, {"kv_cache_tokens": 80, "max_num_seqs": 8, "prefill_chunk": 3},
     ][seed]  # fmt: skip
-    engine = make_engine(speculation={"drafter": "nf4", "verifier": verifier}, max_model_len=80, **shape)
+    engine = make_engine(speculation={"drafter": DRAFTER, "verifier": verifier}, max_model_len=80, **shape)
     watch = Watch(engine)
     asked = drive(engine, seed)
     everything_is_free(engine)

@@ -16,7 +16,7 @@ from rollout_spec.contracts import FinishReason, InvalidRequest
 from rollout_spec.drafters.history import History
 from rollout_spec.policy.baselines import Fixed, Off, RandomLengths
 
-from .conftest import EOS, VOCAB, CharTokenizer
+from .conftest import DRAFTER, EOS, VOCAB, CharTokenizer
 
 EXAMPLES = 520
 CONTEXT = 48
@@ -37,7 +37,7 @@ def engines(make_engine):
         )
 
     made = {
-        (verifier, row): make(verifier, ("nf4", "int8")[row % 2], **shape)
+        (verifier, row): make(verifier, (DRAFTER, "int8")[row % 2], **shape)
         for verifier in ("coupled", "rejection")
         for row, shape in enumerate(SHAPES)
     }

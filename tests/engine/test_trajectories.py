@@ -12,6 +12,8 @@ from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off, RandomLengths
 from rollout_spec.policy.cost_model import CostModel, PassCost
 
+from .conftest import DRAFTER
+
 ARITHMETIC = Path(__file__).parents[2] / "examples" / "arithmetic"
 sys.path.insert(0, str(ARITHMETIC))  # problems.py
 
@@ -40,9 +42,9 @@ MODES = {
 }
 
 
-# Invented, so that the automatic policy switches often between plain, nf4, history and both.
+# Invented, so that the automatic policy switches often between plain, the self-drafter, history and both.
 COSTS = CostModel(
-    {"target": PassCost(2e-3, 0.0, 1e-3, 1e-5, 0.0), "nf4": PassCost(8e-4, 0.0, 3e-4, 1e-5, 0.0)}
+    {"target": PassCost(2e-3, 0.0, 1e-3, 1e-5, 0.0), DRAFTER: PassCost(8e-4, 0.0, 3e-4, 1e-5, 0.0)}
 )
 
 
@@ -51,7 +53,7 @@ def engine_for(dtype):
         ARITHMETIC / "policy",
         dtype=dtype,
         max_model_len=640,
-        speculation={"drafter": "nf4", "draft_length": 4},
+        speculation={"drafter": DRAFTER, "draft_length": 4},
     )
     engine.backend.history = History()
     return engine

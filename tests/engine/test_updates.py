@@ -9,7 +9,7 @@ from rollout_spec import SamplingParams
 from rollout_spec.contracts import VersionSpan, WeightError
 from rollout_spec.torch_backend.completions import to_completion
 
-from .conftest import VOCAB, make_model
+from .conftest import DRAFTER, KINDS, VOCAB, make_model
 
 PARAMS = SamplingParams(n=4, max_tokens=48, ignore_eos=True)
 IDS = list("abcdef")
@@ -36,7 +36,7 @@ def optimize(model, steps=3, seed=0):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["nf4", "int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_five_updates_equal_five_fresh_engines(make_engine, prompts, kind, dtype):
     model = make_model()
     engine = make_engine(model, speculation=kind, dtype=dtype)
@@ -127,7 +127,7 @@ def test_the_same_version_may_come_again_when_its_weights_were_freed(engine, mod
     )
     (replayed,) = engine.generate(prompts[:1], params, request_ids=[first.request_id])
     assert replayed.token_ids == first.token_ids
-    assert engine.stats().drafter == "nf4"
+    assert engine.stats().drafter == DRAFTER
     with pytest.raises(WeightError, match=r"version=0.*larger than.*0"):
         engine.update_weights(model.named_parameters(), version=0)
 
@@ -196,7 +196,7 @@ def test_a_broken_drafter_is_reported_once_and_changes_nothing(
     make_engine, prompts, monkeypatch, caplog, fault, cause, words, verifier, canary
 ):
     model = make_model(0)
-    speculation = {"drafter": "nf4", "verifier": verifier, "canary": canary, "canary_min_acceptance": 0.4}
+    speculation = {"drafter": DRAFTER, "verifier": verifier, "canary": canary, "canary_min_acceptance": 0.4}
     engine = make_engine(model, speculation=speculation)
     generate(engine, prompts)
     fault(engine, monkeypatch)
@@ -230,5 +230,5 @@ def test_a_mended_drafter_is_used_again(make_engine, prompts, monkeypatch):
         generate(engine, prompts)
         assert engine.stats().drafter is None
     engine.update_weights(model.named_parameters())
-    assert engine.stats().drafter == "nf4"
+    assert engine.stats().drafter == DRAFTER
     assert sum(c.spec.accepted for c in engine.generate(prompts, PARAMS)) > 0
