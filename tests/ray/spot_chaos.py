@@ -33,7 +33,7 @@ TRAINING = TrainConfig(unroll=2, warmup_steps=5, row_tokens=192)
 OPTIONS = SpotOptions(micro_batches=2, publish_every=2)
 ALONE = (("trainer",), ("coordinator",), ("worker",))
 TOGETHER = (("trainer", "coordinator"), ("worker", "coordinator"), ("trainer", "worker"))
-VICTIMS = (*ALONE, *ALONE, *TOGETHER)
+VICTIMS = (*ALONE, *ALONE, *ALONE, *TOGETHER)
 SHORT, LONG = 0, 1  # places of the worker that idles, and trains, and of the one that decodes on
 
 
