@@ -16,6 +16,7 @@ from rollout_spec.benchmarks.engine import EngineBenchmark
 from rollout_spec.benchmarks.longtail import RULES, LongTail
 from rollout_spec.benchmarks.never_slower import NeverSlower, decision_microseconds, toggling_overhead
 from rollout_spec.drafters.quantize import usual_quantizer
+from rollout_spec.commands.bench_drafter import adaptive, capture, spot
 from rollout_spec.example_policy import SIZES, expanded_policy
 from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, report_options
 
@@ -88,31 +89,6 @@ _longtail_targets = {  # by samples in a rollout: with the quantized drafter alo
     8: (1.25, 1.4),
     32: (1.1, 1.25),
 }
-
-
-@command.command("spot")
-@click.option(
-    "--draws", type=click.IntRange(2), default=10, show_default=True, help="Rollouts per neighbour."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
-@report_options
-def spot(draws: int, seed: int, json_path: Path | None) -> None:
-    """What training on the worker that idles costs the one that still decodes."""
-    from rollout_spec.benchmarks.spot import Free, start_ray
-
-    start_ray()
-    results = Free(draws, seed).run()
-    dummy = results["step_time_with_training_over"]["local"]
-    used = results["used_share"]
-    checks = [
-        Check("idle time used for training", round(used, 3), ">= 0.7", used >= 0.7),
-        Check("step time over that beside cache-local work", round(dummy, 3), "<= 1.02", dummy <= 1.02),
-    ]
-    finish(
-        Report("bench spot", results, checks, evidence_level=EvidenceLevel.L1, seed=seed),
-        json_path,
-        Console(),
-    )
 
 
 @command.command("longtail")
@@ -202,6 +178,8 @@ def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> No
 
 
 _VLLM_PARTS = ("never-slower", "overhead", "single", "long-tail-8", "long-tail-32")
+for _benchmark in (adaptive, capture, spot):
+    command.add_command(_benchmark)
 
 
 @command.command("vllm")
