@@ -44,8 +44,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the report here")
     args = parser.parse_args()
     start = time.perf_counter()
-    chosen = starting_point(args.size) | {n: getattr(args, n) for n in ("prompts", "group", "lr", "seed")}
-    runs = {name: Grpo(**chosen, speculation=name == "on") for name in ("on", "off")}
+    chosen = {name: getattr(args, name) for name in ("steps", "prompts", "group", "lr", "seed")}
+    policy = starting_point(args.size)
+    runs = {name: Grpo(policy, **chosen, minibatches=1, speculation=name == "on") for name in ("on", "off")}
     before = runs["on"].parameters_sha256()
     for step in range(args.steps):
         if time.perf_counter() - start > 60 * args.minutes:
