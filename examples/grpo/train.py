@@ -38,6 +38,9 @@ from problems import CHAIN_MAX, Problem, judge_steps, reward, sample  # noqa: E4
 CLIP = 0.2  # the ratio of new to old probability counts up to 1 ± CLIP
 MICRO_BATCH_TOKENS = 2048
 MAX_TOKENS = 512
+LAST_GAIN_RATE = (
+    100.0  # learning rate of the last norm's gain, which scales the logits, over that of the rest
+)
 WARMUP_STEPS = 10  # the first steps of Adam go as far as its rate allows, whatever the gradient says
 
 
@@ -74,7 +77,11 @@ class Grpo:
         self.prompts, self.group, self.minibatches, self.seed = prompts, group, minibatches, seed
         self.steps, self.lr, self.longest_chain, self.max_tokens = steps, lr, longest_chain, max_tokens
         self.model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+        last = self.model.model.norm.weight
+        others = [p for p in self.model.parameters() if p is not last]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": others}, {"params": [last]}], betas=(0.9, 0.99), weight_decay=0.0
+        )
         self.engine = RolloutEngine.from_pretrained(
             policy,
             dtype="float32",
@@ -132,7 +139,8 @@ class Grpo:
         size = -(-self.prompts // self.minibatches) * self.group
         step, difference = len(self.log.rewards), 0.0
         rate = min((step + 1) / WARMUP_STEPS, 1.0) * max(0.0, 1 - step / self.steps)
-        self.optimizer.param_groups[0]["lr"] = self.lr * rate
+        for group, times in zip(self.optimizer.param_groups, (1.0, LAST_GAIN_RATE)):
+            group["lr"] = self.lr * rate * times
         for start in range(0, len(completions), size):
             rows = range(start, min(start + size, len(completions)))
             tokens = sum(len(advantages[row]) for row in rows)
