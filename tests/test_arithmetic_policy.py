@@ -66,6 +66,39 @@ def test_reward_refuses_everything_but_the_exact_answer(response):
     assert reward(Problem("chain", (3, 14, 7)), response) == 0.0
 
 
+def test_steps_of_solutions_are_right_and_of_others_the_last_is_wrong():
+    rng = random.Random(3)
+    for problem in sample(500, 5):
+        response = solve(problem, rng)
+        steps = problems.judge_steps(problem, response)
+        assert all(right for _, _, right in steps) and steps[-1][1] == len(response) + 1
+        assert "".join((response + ".")[start:stop] for start, stop, _ in steps) == response + "."
+        at = rng.randrange(len(response))
+        if response[at].isdigit():  # one digit changed: the step it is in is the first wrong one
+            other = str((int(response[at]) + rng.randint(1, 9)) % 10)
+            changed = problems.judge_steps(problem, response[:at] + other + response[at + 1 :])
+            *before, (start, stop, right) = changed
+            assert start <= at < stop and not right and changed[: len(before)] == steps[: len(before)]
+
+
+@pytest.mark.parametrize(
+    ("response", "last"),
+    [
+        ("17+7=25", (5, 8)),  # the last step, and the end behind it
+        ("18+7=24", (0, 5)),
+        ("17+7=17+7=24", (5, 10)),  # no progress
+        ("17+7", (4, 5)),  # the end came too early
+        ("17+7=", (5, 6)),
+        ("", (0, 1)),
+        ("17++7=24", (0, 6)),
+        ("17+x=24", (0, 5)),
+    ],
+)
+def test_where_a_response_first_goes_wrong(response, last):
+    steps = problems.judge_steps(Problem("chain", (3, 14, 7)), response)
+    assert steps[-1] == (*last, False) and all(right for _, _, right in steps[:-1])
+
+
 def test_compute_score_is_the_reward_as_verl_calls_it():
     assert compute_score("any", "17+7=24", "24", extra_info={"index": 0}) == 1.0
     assert compute_score("any", "17+7=25", "24") == 0.0

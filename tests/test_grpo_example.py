@@ -26,9 +26,11 @@ def trainings():
         on: train.Grpo(
             ROOT / "examples" / "arithmetic" / "policy",
             speculation=on,
+            steps=3,
             prompts=4,
             group=4,
-            lr=1e-4,
+            minibatches=2,
+            lr=1e-3,
             draft_length=4,
         )
         for on in (True, False)

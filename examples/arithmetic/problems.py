@@ -128,6 +128,34 @@ def reward(problem: Problem, response: str) -> float:
     return score(response, str(problem.answer))
 
 
+def judge_steps(problem: Problem, response: str) -> list[tuple[int, int, bool]]:
+    """The steps of a response up to the first wrong one: characters [start, stop), the end counted as one, and right or not.
+
+    A step is an expression and the `=` behind it, or the end. It is wrong if it has another value than the problem, or
+    repeats the step before; so is an end behind anything but a number.
+    """
+    steps: list[tuple[int, int, bool]] = []
+    start, before = 0, problem.prompt[:-1]
+    for expression in response.split("="):
+        stop = start + len(expression) + 1
+        right = expression != before and _value(expression) == problem.answer
+        steps.append((start, stop, right))
+        if not right:
+            return steps
+        start, before = stop, expression
+    if not before.isdigit():
+        steps.append((start - 1, start, False))
+    return steps
+
+
+def _value(expression: str) -> int | None:
+    """Of a sum of products of numbers; None for anything else."""
+    terms = [term.split("*") for term in expression.split("+")]
+    if not all(factor.isascii() and factor.isdigit() for term in terms for factor in term):
+        return None
+    return sum(math.prod(map(int, term)) for term in terms)
+
+
 def score(response: str, answer: str) -> float:
     return float(response.rsplit("=", 1)[-1].strip() == answer)
 

@@ -47,6 +47,7 @@ def install() -> None:
     after_import("verl.workers.rollout.replica", register_replica)
     after_import("verl.workers.rollout.llm_server", keep_extra_fields)
     after_import("verl.trainer.ppo.v1.trainer_base", log_speculation)
+    after_import("verl.workers.rollout.vllm_rollout.vllm_async_server", plug_into_vllm)
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         from rollout_spec.integrations.verl import compat_cpu
 
@@ -92,7 +93,7 @@ def keep_extra_fields(module: ModuleType) -> None:
 
     @wraps(until_done)
     async def generate(self: Any, request_id: str, **arguments: Any) -> Any:
-        if not is_ours(self.config):
+        if not counts(self.config):
             return await until_done(self, request_id, **arguments)
         attempts: list[Any] = []
         token = _attempts.set(attempts)
@@ -119,7 +120,7 @@ def log_speculation(module: ModuleType) -> None:
     @wraps(compute)
     def compute_metrics(self: Any, batch: Any, step_metrics: dict[str, Any], *rest: Any, **named: Any) -> Any:
         result = compute(self, batch, step_metrics, *rest, **named)
-        if is_ours(self.config):
+        if counts(self.config):
             step_metrics.update(metrics.of_batch(batch, module.tq))
             step_metrics.update(metrics.of_engines(self))
         return result
@@ -127,6 +128,16 @@ def log_speculation(module: ModuleType) -> None:
     module.PPOTrainer._compute_metrics = compute_metrics
 
 
-def is_ours(config: Any) -> bool:
-    """Whether a run of verl uses this rollout; `config` is verl's whole configuration."""
-    return bool(config.actor_rollout_ref.rollout.name == NAME)
+def plug_into_vllm(module: ModuleType) -> None:
+    """Bring the vLLM plugin into verl's own vLLM server, in runs that ask for it."""
+    from rollout_spec.integrations.verl import vllm_server
+
+    vllm_server.touch(module)
+
+
+def counts(config: Any) -> bool:
+    """Whether a run's answers carry our counts and versions; `config` is verl's whole configuration."""
+    from rollout_spec.integrations.verl.vllm_server import plugin_options
+
+    rollout = config.actor_rollout_ref.rollout
+    return rollout.name == NAME or (rollout.name == "vllm" and plugin_options(rollout) is not None)

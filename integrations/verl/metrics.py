@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-import ray
-
-from rollout_spec.engine import EngineStats
 from rollout_spec.integrations.verl.conversions import COUNTS
 
 _TOTALS = "_rollout_spec_totals"
+
+
+@dataclass(frozen=True)
+class ServerFigures:
+    """What one server says of itself.
+
+    Attributes:
+        drafted, accepted, tokens: Draft tokens verified, of these accepted, and tokens sampled, since its start.
+        set_aside: Whether a drafter has been set aside.
+        update_seconds: What the last weight update took.
+        canary_acceptance: Found after it; None without a canary.
+        idle_seconds, used_seconds: Without a request while awake, and of this spent on training a drafter; None where
+            none is trained.
+        adaptive_version: Of the trained drafter in force; None where none is trained.
+    """
+
+    drafted: int
+    accepted: int
+    tokens: int
+    set_aside: bool
+    update_seconds: float
+    canary_acceptance: float | None = None
+    idle_seconds: float | None = None
+    used_seconds: float | None = None
+    adaptive_version: int | None = None
 
 
 def of_batch(batch: Any, queue: Any) -> dict[str, float]:
@@ -38,19 +61,33 @@ def of_batch(batch: Any, queue: Any) -> dict[str, float]:
 
 def of_engines(trainer: Any) -> dict[str, float]:
     """What all servers did since the last call, whoever trained on it, and how their drafters are."""
+    import ray
+
     replicas = [r for manager in trainer._rollout_server_managers() for r in manager.get_replicas()]
-    now: list[EngineStats] = ray.get([server.stats.remote() for r in replicas for server in r.servers])
-    totals = {
-        "rollout/spec_engine_draft_tokens": float(sum(s.spec.drafted for s in now)),
-        "rollout/spec_engine_accepted_tokens": float(sum(s.spec.accepted for s in now)),
-        "rollout/spec_engine_tokens": float(sum(s.generated_tokens for s in now)),
-    }
-    before = getattr(trainer, _TOTALS, dict.fromkeys(totals, 0.0))
+    now = ray.get([server.rollout_spec_figures.remote() for r in replicas for server in r.servers])
+    totals, metrics = combine(now)
+    before = getattr(trainer, _TOTALS, {})
     setattr(trainer, _TOTALS, totals)
-    metrics = {name: total - before[name] for name, total in totals.items()}
-    metrics["rollout/spec_drafters_set_aside"] = float(sum(bool(s.reports) for s in now))
-    metrics["rollout/spec_update_seconds"] = max(s.last_update.seconds for s in now)
-    canaries = [s.canary_acceptance for s in now if s.canary_acceptance is not None]
+    return metrics | {name: total - before.get(name, 0.0) for name, total in totals.items()}
+
+
+def combine(servers: list[ServerFigures]) -> tuple[dict[str, float], dict[str, float]]:
+    """Sums that grow from start to end, and how things stand."""
+    totals = {
+        "rollout/spec_engine_draft_tokens": float(sum(s.drafted for s in servers)),
+        "rollout/spec_engine_accepted_tokens": float(sum(s.accepted for s in servers)),
+        "rollout/spec_engine_tokens": float(sum(s.tokens for s in servers)),
+    }
+    state = {
+        "rollout/spec_drafters_set_aside": float(sum(s.set_aside for s in servers)),
+        "rollout/spec_update_seconds": max(s.update_seconds for s in servers),
+    }
+    canaries = [s.canary_acceptance for s in servers if s.canary_acceptance is not None]
     if canaries:
-        metrics["rollout/spec_canary_acceptance"] = min(canaries)
-    return metrics
+        state["rollout/spec_canary_acceptance"] = min(canaries)
+    training = [s for s in servers if s.idle_seconds is not None]
+    if training:
+        totals["rollout/spec_idle_seconds"] = sum(s.idle_seconds or 0.0 for s in training)
+        totals["rollout/spec_idle_used_seconds"] = sum(s.used_seconds or 0.0 for s in training)
+        state["rollout/spec_adaptive_version"] = float(min(s.adaptive_version or 0 for s in training))
+    return totals, state

@@ -14,6 +14,7 @@ from typing import Any
 from rollout_spec.config import EngineConfig
 from rollout_spec.contracts import InvalidRequest, RolloutSpecError, invalid
 from rollout_spec.integrations.verl.compat import NAME
+from rollout_spec.integrations.verl.spot import SpotTraining
 
 ROLLOUT = "actor_rollout_ref.rollout"
 MODEL = "actor_rollout_ref.model"
@@ -56,6 +57,7 @@ class RolloutOptions:
         raw_logprobs: Report logprobs of the full policy at T=1, not of the distribution sampled from.
         free_cache: Whether `sleep` frees memory for the trainer.
         bucket_bytes: Weights sent at a time.
+        spot_training: How a drafter is trained in idle time; None: none is.
     """
 
     engine: EngineConfig
@@ -67,6 +69,7 @@ class RolloutOptions:
     raw_logprobs: bool
     free_cache: bool
     bucket_bytes: int
+    spot_training: SpotTraining | None = None
 
 
 def read_options(config: Any, model_config: Any, replica_rank: int = 0) -> RolloutOptions:
@@ -78,8 +81,10 @@ def read_options(config: Any, model_config: Any, replica_rank: int = 0) -> Rollo
     """
     _check_rollout(config)
     _check_model(model_config)
+    given = _given(config)
+    spot = _spot_training(given)
     return RolloutOptions(
-        engine=_engine_config(config, replica_rank),
+        engine=_engine_config(config, given, replica_rank),
         path=model_config.local_path,
         prompt_length=config.prompt_length,
         response_length=config.response_length,
@@ -88,13 +93,36 @@ def read_options(config: Any, model_config: Any, replica_rank: int = 0) -> Rollo
         raw_logprobs=config.logprobs_mode == "raw_logprobs",
         free_cache=config.free_cache_engine,
         bucket_bytes=config.checkpoint_engine.update_weights_bucket_megabytes << 20,
+        spot_training=spot,
     )
 
 
-def _engine_config(config: Any, replica_rank: int) -> EngineConfig:
+def _given(config: Any) -> dict[str, Any]:
+    """Our options, as the user wrote them."""
     given = _plain((_plain(config.engine_kwargs) or {}).get(NAME)) or {}
     if not isinstance(given, Mapping):
         raise invalid(KEY, given, "give a mapping, such as {speculation: {drafter: int8}}")
+    return dict(given)
+
+
+def _spot_training(given: dict[str, Any]) -> SpotTraining | None:
+    """Take `spot_training` out of our options; the engine then serves a trained drafter."""
+    wanted = given.pop("spot_training", None)
+    if wanted is None or wanted is False:
+        return None
+    speculation = given.get("speculation") or {}
+    if isinstance(speculation, Mapping):
+        if not speculation.get("adaptive", True):
+            remedy = "spot_training trains a drafter that it would not use: leave it out"
+            raise invalid(f"{KEY}.speculation.adaptive", False, remedy)
+        given["speculation"] = {**speculation, "adaptive": True}
+    try:
+        return SpotTraining.from_options(wanted)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{KEY}.{error}") from error
+
+
+def _engine_config(config: Any, given: Mapping[str, Any], replica_rank: int) -> EngineConfig:
     for name, remedy in _VERLS_OWN.items():
         if name in given:
             raise invalid(f"{KEY}.{name}", given[name], remedy.format(ROLLOUT))

@@ -19,7 +19,9 @@ from rollout_spec.contracts import invalid
 from rollout_spec.engine import EngineStats, RolloutEngine
 from rollout_spec.integrations.verl.compat import NAME
 from rollout_spec.integrations.verl.conversions import to_sampling_params, to_token_output
+from rollout_spec.integrations.verl.metrics import ServerFigures
 from rollout_spec.integrations.verl.options import read_options
+from rollout_spec.integrations.verl.spot import IdleTraining
 from rollout_spec.integrations.verl.transport import Bucket
 from rollout_spec.integrations.verl.weights import WeightStream
 
@@ -59,6 +61,10 @@ class RolloutServer:
         self._asleep = self._interrupted = self._rejecting = False
         self._changed = asyncio.Event()
         self._stream: WeightStream | None = None
+        self._in_flight = 0
+        self._lent = False  # the device, to a trainer
+        spot = self.options.spot_training
+        self.idle_training = None if spot is None else IdleTraining(self.engine, spot)
 
     # --- requests --------------------------------------------------------------------------------------
 
@@ -86,14 +92,20 @@ class RolloutServer:
                 raise invalid(name, type(value).__name__, "the models of this backend read text alone")
         prompt = [int(token) for token in prompt_ids]
         params, wants_logprobs = to_sampling_params(sampling_params, len(prompt), self.options)
-        while not self._open:
-            if self._rejecting:
-                fields = {"global_steps": self._version}
-                return TokenOutput(token_ids=[], stop_reason="aborted", extra_fields=fields)
-            await self._changed.wait()
-        version = self._version
-        assert version is not None, "open without weights"
-        (completion,) = await self.engine.generate_async(prompt, params)
+        self._in_flight += 1  # from here on nothing is trained
+        try:
+            await self._stop_training()
+            while not self._open:
+                if self._rejecting:
+                    fields = {"global_steps": self._version}
+                    return TokenOutput(token_ids=[], stop_reason="aborted", extra_fields=fields)
+                await self._changed.wait()
+            version = self._version
+            assert version is not None, "open without weights"
+            (completion,) = await self.engine.generate_async(prompt, params)
+        finally:
+            self._in_flight -= 1
+            self._train_if_idle()
         reported = "logprobs" if self.options.raw_logprobs else "processed_logprobs"
         return TokenOutput(**to_token_output(completion, version, reported if wants_logprobs else None))
 
@@ -106,6 +118,16 @@ class RolloutServer:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    async def _stop_training(self) -> None:
+        """The engine is needed, or its device."""
+        if self.idle_training is not None:
+            await self.idle_training.need()
+
+    def _train_if_idle(self) -> None:
+        busy = self._in_flight or self._lent or self._stream is not None
+        if self.idle_training is not None and self._open and not busy:
+            self.idle_training.allow()
+
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
         """End what is in flight with what it has, and take nothing new before `resume_generation`.
 
@@ -114,6 +136,7 @@ class RolloutServer:
         """
         self._interrupted, self._rejecting = True, reject_request
         self._wake_waiting()
+        await self._stop_training()
         before = self.engine.stats().finished
         await asyncio.to_thread(self.engine.abort)
         return {"aborted_count": self.engine.stats().finished - before}
@@ -121,12 +144,17 @@ class RolloutServer:
     async def resume_generation(self) -> None:
         self._interrupted = self._rejecting = False
         self._wake_waiting()
+        self._train_if_idle()
 
     # --- memory ----------------------------------------------------------------------------------------
 
     async def sleep(self) -> None:
         """Give the device to whoever shares it; a trainer brings new weights before `wake_up`."""
-        if not self.options.free_cache or self.mode is RolloutMode.STANDALONE:
+        if self.mode is RolloutMode.STANDALONE:
+            return
+        self._lent = True
+        await self._stop_training()
+        if not self.options.free_cache:
             return
         self._asleep = True
         level = 2 if self.mode is RolloutMode.HYBRID else 1
@@ -138,8 +166,9 @@ class RolloutServer:
         """Take the memory back; of verl's two tags, `weights` needs nothing: they come with their memory."""
         if tags is None or "kv_cache" in tags:
             await asyncio.to_thread(self.engine.wake_up)
-            self._asleep = False
+            self._asleep = self._lent = False
             self._wake_waiting()
+            self._train_if_idle()
 
     async def release_kv_cache(self) -> None:
         """Make room for a weight update; requests were interrupted before."""
@@ -158,6 +187,7 @@ class RolloutServer:
         """Start an update; False if that version is in force already, and nothing need be sent."""
         if version == self._version:
             return False
+        await self._stop_training()
         self._stream = WeightStream(self.engine, version)
         return True
 
@@ -169,19 +199,44 @@ class RolloutServer:
     async def finish_update(self, version: int) -> None:
         assert self._stream is not None, "no update was started"
         report = await self._stream.finish()
-        self._version = version
+        self._stream, self._version = None, version
+        self._lent = self._lent and self.options.free_cache  # else nobody says that it is given back
         self._wake_waiting()
+        self._train_if_idle()
         logger.info("policy version %d: %d tensors in %.2f s", version, report.tensors, report.seconds)
 
     async def cancel_update(self, reason: str) -> None:
         assert self._stream is not None, "no update was started"
         await self._stream.cancel(reason)
+        self._stream = None
+        self._train_if_idle()
 
     # --- looking inside --------------------------------------------------------------------------------
 
     async def stats(self) -> EngineStats:
         """The engine's own figures."""
         return self.engine.stats()
+
+    async def rollout_spec_figures(self) -> ServerFigures:
+        """What the metrics need of this server."""
+        stats = self.engine.stats()
+        return ServerFigures(
+            stats.spec.drafted,
+            stats.spec.accepted,
+            stats.generated_tokens,
+            bool(stats.reports),
+            stats.last_update.seconds,
+            stats.canary_acceptance,
+            *(
+                ()
+                if self.idle_training is None
+                else (
+                    self.idle_training.idle_seconds,
+                    self.idle_training.used_seconds,
+                    self.idle_training.version,
+                )
+            ),
+        )
 
     async def start_profile(self, **options: Any) -> None:
         """verl's profilers do not reach into this process."""

@@ -95,7 +95,7 @@ class WeightUpdate:
                 f"version={version!r}: use an integer larger than the version in force, {force}"
             )
         hf_config = self._engine.model_config.hf_text_config
-        tied = _TiedHead(getattr(hf_config, "tie_word_embeddings", False))
+        tied = TiedHead(getattr(hf_config, "tie_word_embeddings", False))
         names: set[str] = set()
         count = nbytes = waiting = 0
         chunk: list[tuple[str, Tensor]] = []
@@ -165,7 +165,7 @@ class WeightUpdate:
             ) from error
 
 
-class _TiedHead:
+class TiedHead:
     """Knows the redundant head that many trainers send of a tied model, and that it must equal the embedding."""
 
     def __init__(self, tied: bool) -> None:

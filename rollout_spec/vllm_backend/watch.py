@@ -11,11 +11,13 @@ class Watch:
     Attributes:
         running: Requests being decoded.
         kv_usage: Share of the KV cache in use.
+        generated: Tokens sampled.
         preemptions, drafts, drafted, accepted: Totals: requests sent back, verifications, draft tokens proposed, accepted.
     """
 
     def __init__(self) -> None:
-        self.running = self.preemptions = self.drafts = self.drafted = self.accepted = 0
+        self.running = self.generated = 0
+        self.preemptions = self.drafts = self.drafted = self.accepted = 0
         self.kv_usage = 0.0
 
     def logger(self, vllm_config: Any, engine_index: int = 0) -> Any:
@@ -42,6 +44,7 @@ class Watch:
         """One step's statistics."""
         if iteration_stats is not None:
             self.preemptions += iteration_stats.num_preempted_reqs
+            self.generated += iteration_stats.num_generation_tokens
         if scheduler_stats is None:
             return
         self.running, self.kv_usage = scheduler_stats.num_running_reqs, scheduler_stats.kv_cache_usage

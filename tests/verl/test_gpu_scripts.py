@@ -19,6 +19,7 @@ from verl_configs import model_config  # noqa: E402
 from verl_runs import EXAMPLES, POLICY  # noqa: E402
 
 from rollout_spec.integrations.verl.options import read_options  # noqa: E402
+from rollout_spec.integrations.verl.vllm_server import complete_arguments  # noqa: E402
 
 SHOW = "#!/bin/sh\nexec {python} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\"\n"
 
@@ -49,7 +50,10 @@ def compose(settings: list[str]) -> Any:
         return compose("ppo_trainer", overrides=settings)
 
 
-@pytest.mark.parametrize(("script", "estimator"), [("grpo_gpu.sh", "grpo"), ("ppo_gpu.sh", "gae")])
+@pytest.mark.parametrize(
+    ("script", "estimator"),
+    [("grpo_gpu.sh", "grpo"), ("ppo_gpu.sh", "gae"), ("grpo_vllm_gpu.sh", "grpo")],
+)
 def test_a_script_for_gpus(script: str, estimator: str, tmp_path: Path) -> None:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
@@ -68,10 +72,16 @@ def test_a_script_for_gpus(script: str, estimator: str, tmp_path: Path) -> None:
         and config.trainer.n_gpus_per_node == 8
     )
     rollout = omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
-    assert rollout.name == "rollout_spec"
-    options = read_options(rollout, model_config())
-    assert options.engine.kv_cache_bytes == 32 << 30 and options.engine.dtype == "bfloat16"
-    assert options.engine.max_model_len == 1536
+    if "vllm" in script:
+        assert rollout.name == "vllm" and rollout.max_model_len == 1536
+        arguments = dict(rollout.engine_kwargs["vllm"])
+        complete_arguments(arguments, str(POLICY), model_config())
+        assert arguments["speculative_config"]["quantization"] == "rollout_spec_nf4"
+    else:
+        assert rollout.name == "rollout_spec"
+        options = read_options(rollout, model_config())
+        assert options.engine.kv_cache_bytes == 32 << 30 and options.engine.dtype == "bfloat16"
+        assert options.engine.max_model_len == 1536
     text = (EXAMPLES / script).read_text(encoding="utf-8")
     assert "NOT RUN" in text
 

@@ -41,6 +41,19 @@ def test_lengths_and_graphs() -> None:
     assert options.engine.graph_bytes == 5
 
 
+def test_a_drafter_that_is_trained_is_used() -> None:
+    given = {"batch_tokens": 128}
+    options = read_options(
+        rollout_config(**ours(spot_training=given, speculation={"drafter": "int8"})), model_config()
+    )
+    assert options.spot_training is not None and options.spot_training.batch_tokens == 128
+    assert options.engine.speculation.adaptive and options.engine.speculation.drafter == "int8"
+    assert given == {"batch_tokens": 128}
+    for nothing in ({}, {"spot_training": False}):
+        options = read_options(rollout_config(**ours(**nothing)), model_config())
+        assert options.spot_training is None and not options.engine.speculation.adaptive
+
+
 def test_a_backend_that_is_not_configured_has_defaults() -> None:
     assert read_options(rollout_config(engine_kwargs={}), model_config()).engine.speculation.drafter == "auto"
     assert read_options(rollout_config(engine_kwargs={"rollout_spec": None}), model_config())
@@ -60,6 +73,15 @@ ROLLOUT_MISTAKES = {
     "verl's batch": (ours(max_num_seqs=9), f"{KEY}.max_num_seqs=9", f"set {ROLLOUT}.max_num_seqs"),
     "vllm here": (ours(backend="vllm"), f"{KEY}.backend='vllm'", f"{ROLLOUT}.name=vllm"),
     "vllm's arguments": (ours(vllm={}), f"{KEY}.vllm", f"{ROLLOUT}.name=vllm"),
+    "spot training": (ours(spot_training=3), f"{KEY}.spot_training=3", "use True"),
+    "unknown option of it": (ours(spot_training={"batch": 1}), f"{KEY}.spot_training.batch", "unknown option"),
+    "its batch": (ours(spot_training={"batch_tokens": 0}), f"{KEY}.spot_training.batch_tokens=0", "integer >= 1"),
+    "its rate": (ours(spot_training={"learning_rate": 0}), f"{KEY}.spot_training.learning_rate=0", "number > 0"),
+    "its kind": (ours(spot_training={"kind": "mtp"}), f"{KEY}.spot_training.kind='mtp'", "eagle3"),
+    "its path": (ours(spot_training={"checkpoint": "/no/such"}), f"{KEY}.spot_training.checkpoint='/no/such'", "drafter train"),
+    "its drafter": (
+        ours(spot_training=True, speculation={"adaptive": False}), f"{KEY}.speculation.adaptive=False", "leave it out",
+    ),
     "unknown dtype": ({"dtype": "fp8"}, f"{ROLLOUT}.dtype='fp8'", "use one of"),
     "tensor parallel": ({"tensor_model_parallel_size": 2}, f"{ROLLOUT}.tensor_model_parallel_size=2", "use 1"),
     "data parallel": ({"data_parallel_size": 2}, f"{ROLLOUT}.data_parallel_size=2", "use 1"),

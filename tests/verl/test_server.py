@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from verl.workers.rollout.replica import RolloutMode, TokenOutput  # noqa: E402
 from verl_runs import POLICY  # noqa: E402
 
 from rollout_spec.contracts import InvalidRequest, WeightError  # noqa: E402
+from rollout_spec.integrations.verl.metrics import ServerFigures  # noqa: E402
 from rollout_spec.integrations.verl.server import RolloutServer  # noqa: E402
 from rollout_spec.integrations.verl.transport import send  # noqa: E402
 
@@ -276,3 +278,100 @@ def test_verls_own_mistakes_are_found_at_start(model: Any) -> None:
         RolloutServer(
             rollout(engine_kwargs={"rollout_spec": {"drafter": "int8"}}), model, 0, RolloutMode.HYBRID
         )
+
+
+# --- spot training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training_server(model: Any, monkeypatch: pytest.MonkeyPatch) -> RolloutServer:
+    """A server that trains a drafter; `overlaps` counts engine steps beside a micro-batch."""
+    spot = {"batch_tokens": 64, "publish_every": 1}
+    options = {"rollout_spec": {"speculation": SPECULATION, "spot_training": spot}}
+    server = RolloutServer(rollout(engine_kwargs=options), model, 0, RolloutMode.HYBRID)
+    server.overlaps = 0
+    trainee, backend = server.idle_training.spot.host.trainee, server.engine.backend
+    train, step, training = trainee.micro_step, backend.step, threading.Event()
+
+    def micro_step() -> float | None:
+        training.set()
+        try:
+            return train()
+        finally:
+            training.clear()
+
+    def watched_step() -> Any:
+        server.overlaps += training.is_set()
+        return step()
+
+    monkeypatch.setattr(trainee, "micro_step", micro_step)
+    monkeypatch.setattr(backend, "step", watched_step)
+    return server
+
+
+def micro_batches(server: RolloutServer) -> int:
+    return len(server.idle_training.spot.host.times.micro_batches)
+
+
+async def trained_on(server: RolloutServer) -> bool:
+    """Whether it goes on training."""
+    before = micro_batches(server)
+    for _ in range(60):
+        await asyncio.sleep(0.05)
+        if micro_batches(server) > before + 1:
+            return True
+    return False
+
+
+async def ask(server: RolloutServer, prompt: list[int]) -> None:
+    await asyncio.gather(*(server.generate(prompt, dict(PARAMS), "id") for _ in range(8)))
+
+
+def test_a_drafter_is_trained_while_nothing_is_in_flight(
+    training_server: RolloutServer, prompt: list[int]
+) -> None:
+    server = training_server
+
+    async def scenario() -> ServerFigures:
+        await update(server, 0, weights())
+        assert not micro_batches(server), "there is nothing to train on yet"
+        for _ in range(4):
+            await ask(server, prompt)
+            assert await trained_on(server)
+        assert server.overlaps == 0, "a request waits for the end of the micro-batch"
+        for lent, back in ((server.sleep, wake), (server.abort_all_requests, server.resume_generation)):
+            await lent()
+            assert not await trained_on(server)
+            await back()
+            assert await trained_on(server)
+        return await server.rollout_spec_figures()
+
+    async def wake() -> None:
+        await server.wake_up(["weights"])
+        await update(server, 1, weights())
+        assert not await trained_on(server)
+        await server.wake_up(["kv_cache"])
+
+    figures = run(scenario)
+    longest = max(server.idle_training.spot.host.times.micro_batches)
+    assert 0 < figures.used_seconds <= figures.idle_seconds + longest * 10
+    assert figures.adaptive_version >= 1, "what was trained is in force"
+
+
+def test_training_beside_a_request_would_be_seen(
+    training_server: RolloutServer, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = training_server
+
+    async def nothing() -> None: ...
+
+    async def scenario() -> None:
+        await update(server, 0, weights())
+        await ask(server, prompt)
+        assert await trained_on(server)
+        monkeypatch.setattr(server.idle_training, "need", nothing)
+        server.idle_training.allow()
+        await ask(server, prompt)
+
+    run(scenario)
+    assert server.overlaps > 0

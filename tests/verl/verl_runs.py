@@ -29,8 +29,8 @@ SMALL = (
     "actor_rollout_ref.rollout.n=4",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
     "trainer.logger=[file]",
-    f"+{OURS}.speculation={{drafter:int8,draft_length:4}}",
 )
+DRAFTS = f"+{OURS}.speculation={{drafter:int8,draft_length:4}}"
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run_example(folder: Path, script: str, *settings: str, **environment: str) -> Run:
-    """Run an example, small and recorded, for 240 seconds at most."""
+    """Run an example, small and recorded, for 240 seconds at most; of `environment`, PYTHONPATH comes on top."""
     write_problems(folder / "data")
+    helpers = [environment.pop("PYTHONPATH", ""), str(Path(__file__).parent)]
     started = time.monotonic()
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
-            ["bash", str(EXAMPLES / script), *SMALL, *settings],
+            ["bash", str(EXAMPLES / script), *SMALL, *(() if "vllm" in script else (DRAFTS,)), *settings],
             env={
                 **os.environ,
                 "RECORD": str(folder),
                 "DATA": str(folder / "data"),
                 "PYTHON": sys.executable,
-                "PYTHONPATH": str(Path(__file__).parent),
+                "PYTHONPATH": os.pathsep.join(filter(None, helpers)),
                 "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
                 "VERL_USE_EXTERNAL_MODULES": "recorder",
                 "HYDRA_FULL_ERROR": "1",
