@@ -15,8 +15,8 @@ from rich.table import Table
 from rollout_spec.benchmarks.engine import EngineBenchmark
 from rollout_spec.benchmarks.longtail import RULES, LongTail
 from rollout_spec.benchmarks.never_slower import NeverSlower, decision_microseconds, toggling_overhead
-from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.commands.bench_drafter import adaptive, capture, spot
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.example_policy import SIZES, expanded_policy
 from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, report_options
 
@@ -24,6 +24,10 @@ from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, re
 @click.group()
 def command() -> None:
     """Paired, interleaved measurements: medians of ratios, with their spread."""
+
+
+for _benchmark in (adaptive, capture, spot):
+    command.add_command(_benchmark)
 
 
 @command.command()
@@ -178,8 +182,6 @@ def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> No
 
 
 _VLLM_PARTS = ("never-slower", "overhead", "single", "long-tail-8", "long-tail-32")
-for _benchmark in (adaptive, capture, spot):
-    command.add_command(_benchmark)
 
 
 @command.command("vllm")
