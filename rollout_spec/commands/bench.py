@@ -158,7 +158,13 @@ def longtail(size: str, batch: tuple[str, ...], draws: int, seed: int, json_path
 @click.option(
     "--size", type=click.Choice(SIZES), default="100m", show_default=True, help="Of the shipped policy."
 )
-@click.option("--pairs", type=click.IntRange(3), default=15, show_default=True, help="Pairs per batch size.")
+@click.option(
+    "--pairs",
+    type=click.IntRange(3),
+    default=9,
+    show_default=True,
+    help="Comparisons per batch size, at least.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
 @report_options
 def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> None:
