@@ -356,7 +356,7 @@ def test_a_drafter_of_unmerged_weights_trips_the_canary(intact, prompts, monkeyp
     monkeypatch.undo()
     engine.update_weights(merged)  # merged for both: nothing is wrong with the adapter
     stats = engine.stats()
-    assert stats.canary_acceptance > 0.8 and stats.drafter == DRAFTER
+    assert stats.canary_acceptance > 0.5 and stats.drafter == DRAFTER
     count, speculating = drafted(engine, prompts)
     assert count > 0 and speculating[:4] == plain[:4]
 
