@@ -10,7 +10,7 @@ coupled verifier with its own probability (`losses.coupled_acceptance`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +52,15 @@ def measure(
     draft_length: int = 5,
     *,
     batch_tokens: int = 8192,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Acceptance:
     """Acceptance on `episodes`, which the target sampled at temperature 1.
+
+    Args:
+        module, target: The drafter, and what it is lent.
+        episodes: In batches of about `batch_tokens`, or one longer one.
+        draft_length: K.
+        stop: Asked between batches; what has been measured until then is returned.
 
     Raises:
         InvalidRequest: See `pack`.
@@ -61,6 +68,8 @@ def measure(
     overlap, counts = np.zeros(draft_length), np.zeros(draft_length)
     tokens, rounds = 0, np.zeros(2)
     for group in _groups(episodes, batch_tokens):
+        if stop():
+            break
         batch = pack(group, max(len(episode.tokens) for episode in group))
         alpha, accepted = _steps(module, target, batch, draft_length)
         for step in range(draft_length):

@@ -53,23 +53,25 @@ class _ToHost:
 
 
 class FeatureCapture:
-    """Puts every finished sequence of an engine (torch backend) into a buffer.
+    """Hands on every finished sequence of an engine (torch backend) as an episode.
 
     Sequences that were under way when the capture began, and whose first tokens have no features therefore, are left
     out and counted; aborted ones are left out.
 
     Args:
         engine: Whose rollouts.
-        buffer: Where episodes go, in the thread that decodes.
+        receive: What takes an episode, such as `EpisodeBuffer.add`; called in the thread that decodes.
         layers: As `EagleSpec.feature_layers`.
 
     Attributes:
         captured, incomplete: Sequences so far.
     """
 
-    def __init__(self, engine: RolloutEngine, buffer: EpisodeBuffer, layers: Sequence[int] = ()) -> None:
-        self.buffer, self.captured, self.incomplete = buffer, 0, 0
-        self._engine, self._host = engine, _ToHost()
+    def __init__(
+        self, engine: RolloutEngine, receive: Callable[[Episode], object], layers: Sequence[int] = ()
+    ) -> None:
+        self.captured, self.incomplete = 0, 0
+        self._receive, self._engine, self._host = receive, engine, _ToHost()
         self._store = engine.keep_features(layers, self._finished)
         self._backend = engine.backend
 
@@ -96,7 +98,7 @@ class FeatureCapture:
 
         def arrived(host: Tensor) -> None:
             self.captured += 1
-            self.buffer.add(Episode(request, tokens, host, prompt, version, rejected))
+            self._receive(Episode(request, tokens, host, prompt, version, rejected))
 
         self._host.copy(features, arrived)
 

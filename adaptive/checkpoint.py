@@ -112,20 +112,37 @@ class Checkpointer:
     def _write(
         self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], record: dict[str, Any]
     ) -> Path:
-        folder = self.root / f"step-{record['steps_done']:08d}"
-        scratch = self.root / f".{folder.name}.{os.getpid()}"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        files = {WEIGHTS: save(weights), OPTIMIZER: save(optimizer)}
-        record["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        for name, data in (*files.items(), (RECORD, json.dumps(record).encode())):
-            _write_through(scratch / name, data)
-        if folder.exists():
-            shutil.rmtree(folder)
-        scratch.rename(folder)
+        folder = _write_folder(self.root, weights, optimizer, record)
         for old in checkpoints(self.root)[: -self.keep]:
             shutil.rmtree(old)
         return folder
+
+
+def write_drafter(root: str | Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint's drafter below `root`, without the state of its training; returns the folder."""
+    record = {
+        "format": _FORMAT, "spec": checkpoint.spec.to_dict(), "config": asdict(checkpoint.config),
+        "steps_done": checkpoint.steps_done, "version": checkpoint.version, "extra": checkpoint.extra,
+    }  # fmt: skip
+    weights = {name: _copy(tensor) for name, tensor in checkpoint.weights.items()}
+    return _write_folder(Path(root), weights, {}, record)
+
+
+def _write_folder(
+    root: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], record: dict[str, Any]
+) -> Path:
+    folder = root / f"step-{record['steps_done']:08d}"
+    scratch = root / f".{folder.name}.{os.getpid()}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    files = {WEIGHTS: save(weights), OPTIMIZER: save(optimizer)}
+    record["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    for name, data in (*files.items(), (RECORD, json.dumps(record).encode())):
+        _write_through(scratch / name, data)
+    if folder.exists():
+        shutil.rmtree(folder)
+    scratch.rename(folder)
+    return folder
 
 
 def checkpoints(root: str | Path) -> list[Path]:
@@ -172,6 +189,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 
 def _config(values: dict[str, Any]) -> TrainConfig:
     known = {"objective": Objective(**values["objective"]), "betas": tuple(values["betas"])}
+    if values["last_objective"] is not None:
+        known["last_objective"] = Objective(**values["last_objective"])
     return TrainConfig(**{**values, **known})
 
 

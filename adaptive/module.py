@@ -1,9 +1,10 @@
 """The drafter as a torch module, for training: `EagleSpec.parameter_shapes` and nothing of the target's.
 
-Drafting feeds the drafter its own states. Training unrolls that for every position at once (the training-time test of
-EAGLE-3, arXiv 2503.01840): step 0 reads the target's features; in step j, position t reads the state that step j - 1
-left at t - 1, and attends to step 0 up to t - j, to step i at t - j + i for 1 <= i < j, and to itself: exactly what a
-drafter sees that has read the target's features up to t - j and has drafted j tokens since.
+Drafting feeds the drafter its own states. Training unrolls that for many rounds at once (the training-time test of
+EAGLE-3, arXiv 2503.01840): step 0 reads the target's features, at every position. A round that begins at position t reads,
+in step j, the state that it left in step j - 1, at position t + j, and attends to step 0 up to t, to its own steps 1 to
+j - 1, and to itself: exactly what a drafter sees that has read the target's features up to t and has drafted j tokens
+since. Rounds need not begin everywhere: those left out save all but step 0.
 """
 
 from __future__ import annotations
@@ -128,17 +129,38 @@ class EagleModule(nn.Module):
             with torch.no_grad():
                 self.lm_head.weight.copy_(target.lm_head[self.draft_tokens])
 
-    def unroll(self, target: TargetTensors, batch: Batch, steps: int) -> Iterator[Tensor]:
-        """States [B, L, H] of `steps` steps, see the module's text; those of step j count where `batch.drafts(j)`."""
+    def unroll(
+        self, target: TargetTensors, batch: Batch, steps: int, begin: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """States [B, L, H] of `steps` steps, see the module's text; those of step j count where `batch.drafts(j, begin)`.
+
+        Args:
+            target: What it lends.
+            batch: B rows of L pairs.
+            steps: K.
+            begin: bool [B, L]: where rounds begin; None: wherever they can.
+        """
         size = self.fc.weight.dtype
         embedded = F.embedding(batch.tokens, target.embed).to(size)
-        rotation, attention = self._rotation(batch.positions), _UnrolledAttention(batch.segments)
-        states = batch.features.to(size)
-        for step in range(steps):
-            if step:
-                states = F.pad(states, (0, 0, 1, 0))[:, :-1]
-            states = self._layer(embedded, states, rotation, attention, own=step > 0)
-            yield states
+        cos, sin = self._rotation(batch.positions)
+        attention = _UnrolledAttention(batch.segments)
+        states = self._layer(embedded, batch.features.to(size), (cos, sin), attention, own=False)
+        yield states
+        if steps == 1:
+            return
+        length = batch.tokens.shape[1]
+        starts = _places(batch.drafts(0, begin))
+        attention.begin(starts)
+        chain = _take(states, starts.clamp(max=length - 1))
+        for step in range(1, steps):
+            at = (starts + step).clamp(max=length)
+            inside = at.clamp(max=length - 1)
+            rotation = _take(cos[:, 0], inside)[:, None], _take(sin[:, 0], inside)[:, None]
+            chain = self._layer(_take(embedded, inside), chain, rotation, attention, own=True)
+            spread = chain.new_zeros(
+                len(at), length + 1, chain.shape[2]
+            )  # the last column takes what is outside
+            yield spread.scatter(1, at[..., None].expand_as(chain), chain)[:, :length]
 
     def logits(self, target: TargetTensors, states: Tensor) -> Tensor:
         """float32 [..., draft_vocab_size] of states [..., H]."""
@@ -191,27 +213,28 @@ class _UnrolledAttention:
     """Attention of one unrolled batch; call it once per step. `segments` int64 [B, L]: rows see their own only."""
 
     def __init__(self, segments: Tensor) -> None:
-        length = segments.shape[1]
-        at = torch.arange(length, device=segments.device)
-        self._same = segments[:, None, :, None] == segments[:, None, None, :]
-        self._distance = at[:, None] - at
+        at = torch.arange(segments.shape[1], device=segments.device)
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        self._visible = same & (at[:, None] >= at)
         self._steps: list[tuple[Tensor, Tensor]] = []
 
+    def begin(self, starts: Tensor) -> None:
+        """Steps from now on are of the rounds that begin at `starts` int64 [B, S], L where there is none."""
+        length = self._visible.shape[2]
+        index = starts.clamp(max=length - 1)[:, None, :, None].expand(-1, 1, -1, length)
+        self._visible = self._visible.gather(2, index)[:, :, None]
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, Hq, L, hd] of q [B, Hq, L, hd] and k, v [B, Hkv, L, hd] of this step."""
+        """[B, Hq, L, hd] in step 0, [B, Hq, S, hd] later, of this step's q, k and v [B, Hkv, L or S, hd]."""
         self._steps.append((k, v))
-        step = len(self._steps) - 1
-        visible = self._same & (self._distance >= step)
-        if step == 0:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
-        rows, kv_heads, length, size = k.shape
-        grouped = (q * size**-0.5).view(rows, kv_heads, -1, length, size)
-        (k0, v0), own = (
-            self._steps[0],
-            [(_later(k, step - i), _later(v, step - i)) for i, (k, v) in enumerate(self._steps) if i],
-        )
+        if len(self._steps) == 1:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self._visible, enable_gqa=True)
+        (k0, v0), *own = self._steps
+        rows, kv_heads, count, size = k.shape
+        length = k0.shape[2]
+        grouped = (q * size**-0.5).view(rows, kv_heads, -1, count, size)
         scores = grouped @ k0[:, :, None].transpose(-1, -2)
-        scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
+        scores = scores.masked_fill(~self._visible, -torch.inf)
         mine = [(grouped * key[:, :, None]).sum(-1, keepdim=True) for key, _ in own]
         shares = torch.cat((scores, *mine), -1).softmax(-1)
         found = shares[..., :length] @ v0[:, :, None]
@@ -220,6 +243,14 @@ class _UnrolledAttention:
         return found.view(q.shape)
 
 
-def _later(x: Tensor, by: int) -> Tensor:
-    """x [B, Hkv, L, hd] moved `by` positions to the right."""
-    return F.pad(x, (0, 0, by, 0))[:, :, : x.shape[2]] if by else x
+def _places(where: Tensor) -> Tensor:
+    """int64 [B, S]: in each row the columns at which `where` bool [B, L] holds, ascending, then L."""
+    length = where.shape[1]
+    count = max(1, int(where.sum(1).max()))
+    columns = torch.arange(length, device=where.device).expand(where.shape)
+    return columns.masked_fill(~where, length).sort(1).values[:, :count]
+
+
+def _take(x: Tensor, at: Tensor) -> Tensor:
+    """[B, S, n] of x [B, L, n] at columns int64 [B, S]."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))

@@ -16,7 +16,7 @@ from rollout_spec.adaptive.module import EagleModule, TargetTensors
 from rollout_spec.adaptive.packing import EpisodeBatches
 from rollout_spec.adaptive.samples import Episode
 from rollout_spec.adaptive.trainer import DrafterTrainer, StepMetrics, TrainConfig
-from rollout_spec.contracts import Completion, SamplingParams
+from rollout_spec.contracts import Completion, SamplingParams, SpecCounts
 from rollout_spec.drafters.eagle_spec import EagleSpec
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.models.decoder import Decoder
@@ -95,6 +95,22 @@ def _groups(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]
         group.append(i)
     if group:
         yield group
+
+
+def decode(
+    engine: RolloutEngine, module: EagleModule, prompts: Sequence[str | list[int]], params: SamplingParams
+) -> SpecCounts:
+    """What `module` is accepted with when `engine` really decodes; see `drafting_only`."""
+    engine.publish_drafter(module.state_dict().items(), spec=module.spec)
+    return sum((c.spec for c in engine.generate(list(prompts), params)), SpecCounts())
+
+
+def drafting_only(draft_length: int, verifier: str) -> dict[str, Any]:
+    """`speculation` of an engine that drafts `draft_length` tokens in every pass, with a trained drafter and no other."""
+    return {
+        "drafter": "none", "adaptive": True, "history": False, "shadow": False, "canary_min_acceptance": 0.0,
+        "draft_length": draft_length, "verifier": verifier,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

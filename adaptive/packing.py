@@ -42,9 +42,17 @@ class Batch:
     first: Tensor
     weights: Tensor
 
-    def drafts(self, step: int) -> Tensor:
-        """bool [B, L]: where step `step` of a round drafts a response's token, its round having begun in it, too."""
-        return (self.weights > 0) & (self.positions - step >= self.first)
+    def drafts(self, step: int, begin: Tensor | None = None) -> Tensor:
+        """bool [B, L]: where step `step` of a round drafts a response's token, its round having begun in it, too.
+
+        Args:
+            step: From 0.
+            begin: bool [B, L]: where rounds begin; None: everywhere.
+        """
+        drafted = (self.weights > 0) & (self.positions - step >= self.first)
+        if begin is None:
+            return drafted
+        return drafted & torch.nn.functional.pad(begin, (step, 0))[:, : begin.shape[1]]
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from rollout_spec.adaptive.module import EagleModule, TargetTensors
 from rollout_spec.adaptive.packing import Batch, pack
 from rollout_spec.adaptive.samples import Episode
 from rollout_spec.contracts import RolloutSpecError, invalid
+from rollout_spec.observe.machine import BF16_FEATURES, cpu_model
 
 
 class TrainingError(RolloutSpecError, RuntimeError):
@@ -35,11 +36,17 @@ class TrainConfig:
         weight_decay, betas: Of AdamW.
         gradient_clip: Largest norm of the gradient.
         unroll: Steps on the drafter's own states, as many as it is to draft (see `module`).
+        first_unroll: Steps to begin with, rising to `unroll` over the first three quarters of `total_steps`: early on, later
+            steps cost as much as the first and learn from states that mean nothing yet. None: `unroll`.
+        begin_share: Share of the positions at which a round of more than one step begins, drawn anew in every
+            micro-batch. Drafting begins a round once in tau tokens; beginning it everywhere costs `unroll` times as much.
         step_decay: Weight of a step's loss over that of the step before.
         replay: What a prediction that verification rejected counts for beyond 1.
         row_tokens: Longest row of a batch; longer episodes are cut.
-        autocast: Compute in bfloat16 what torch's autocast does; weights and their sums stay in float32.
+        autocast: Compute in bfloat16 what torch's autocast does, where the device has such products (a CPU without
+            them takes ten times as long); weights and their sums stay in float32.
         objective: The loss.
+        last_objective: The loss in the last two fifths of `total_steps`; None: the same.
         seed: Of the initial weights.
     """
 
@@ -51,11 +58,14 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
     unroll: int = 5
+    first_unroll: int | None = None
+    begin_share: float = 0.35
     step_decay: float = 0.9
     replay: float = 1.0
     row_tokens: int = 512
     autocast: bool = True
     objective: Objective = field(default_factory=Objective)
+    last_objective: Objective | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,8 +78,31 @@ class TrainConfig:
         for name in ("warmup_steps", "replay", "weight_decay", "final_rate"):
             if not getattr(self, name) >= 0:
                 raise invalid(name, getattr(self, name), "use a number >= 0")
+        if not 0 < self.begin_share <= 1:
+            raise invalid("begin_share", self.begin_share, "use a share within (0, 1]")
+        if self.first_unroll is not None and not 1 <= self.first_unroll <= self.unroll:
+            raise invalid(
+                "first_unroll", self.first_unroll, f"use an integer within 1 .. unroll={self.unroll}"
+            )
+        for name in ("first_unroll", "last_objective"):
+            if getattr(self, name) is not None and self.total_steps is None:
+                raise invalid(name, getattr(self, name), "give total_steps, or leave it out")
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
             raise invalid("total_steps", self.total_steps, f"must exceed warmup_steps={self.warmup_steps}")
+
+    def unrolled(self, step: int) -> int:
+        """Steps that micro-batch `step`, from 0, is unrolled for."""
+        if self.first_unroll is None or self.total_steps is None:
+            return self.unroll
+        stretch = 0.75 * self.total_steps / max(1, self.unroll - self.first_unroll)
+        return min(self.unroll, self.first_unroll + int(step / stretch))
+
+    def loss(self, step: int) -> Objective:
+        """Of micro-batch `step`, from 0."""
+        last = self.last_objective
+        if last is None or self.total_steps is None or step < 0.6 * self.total_steps:
+            return self.objective
+        return last
 
     def rate(self, step: int) -> float:
         """Learning rate of micro-batch `step`, from 0."""
@@ -120,8 +153,10 @@ class DrafterTrainer:
 
     def __init__(self, module: EagleModule, target: TargetTensors, config: TrainConfig | None = None) -> None:
         self.module, self.target, self.config = module, target, config or TrainConfig()
-        self.config.objective.check(module.spec.kind)
+        for objective in (self.config.objective, self.config.last_objective or self.config.objective):
+            objective.check(module.spec.kind)
         self.steps_done = 0
+        self._bfloat16 = self.config.autocast and _multiplies_bfloat16(target.embed.device)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters, betas=self.config.betas, weight_decay=self.config.weight_decay
@@ -141,8 +176,17 @@ class DrafterTrainer:
         config = self.config
         batch = pack(episodes, config.row_tokens, replay=config.replay).to(self.device)
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.autocast):
-            loss, alpha = unrolled_loss(self.module, self.target, batch, config)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+            step = self.steps_done
+            loss, alpha = unrolled_loss(
+                self.module,
+                self.target,
+                batch,
+                config,
+                config.unrolled(step),
+                self._begin(batch),
+                config.loss(step),
+            )
         loss.backward()
         if reduce is not None:
             reduce([p.grad for p in self._parameters if p.grad is not None])
@@ -159,6 +203,14 @@ class DrafterTrainer:
         shares = tuple(torch.stack(alpha).tolist())
         return StepMetrics(step, loss.item(), shares, int((batch.weights > 0).sum()), norm.item(), rate)
 
+    def _begin(self, batch: Batch) -> Tensor | None:
+        """Where rounds begin in the next micro-batch, by seed and step."""
+        share = self.config.begin_share
+        if share == 1:
+            return None
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.steps_done)
+        return (torch.rand(batch.tokens.shape, generator=generator) < share).to(self.device)
+
     def acceptance(self, episodes: Sequence[Episode], draft_length: int | None = None) -> Acceptance:
         """Expected acceptance on held-out episodes, see `acceptance.measure`; None: at the length it is unrolled to."""
         return measure(
@@ -167,6 +219,24 @@ class DrafterTrainer:
             episodes,
             draft_length or self.config.unroll,
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and moments by name, referenced: all that is averaged between trainings of one drafter."""
+        found = {f"weights/{name}": tensor for name, tensor in self.module.state_dict().items()}
+        for index, parameter in enumerate(self._parameters):
+            state = self._optimizer.state[parameter]
+            if not state:  # as the first step would make them
+                zero = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state |= {"step": torch.zeros(()), "exp_avg": zero, "exp_avg_sq": zero.clone()}
+            found |= {f"moments/{index}/{name}": tensor for name, tensor in state.items()}
+        return found
+
+    @torch.no_grad()
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from copies of another training's `tensors`."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+        self.steps_done = int(tensors["moments/0/step"])
 
     def state_dict(self) -> dict[str, Any]:
         """All that `step` depends on, but the target and the episodes. Tensors are referenced, not copied."""
@@ -194,13 +264,31 @@ class DrafterTrainer:
         self.steps_done = state["steps_done"]
 
 
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    return device.type != "cpu" or not BF16_FEATURES.isdisjoint(cpu_model()[1])
+
+
 def unrolled_loss(
-    module: EagleModule, target: TargetTensors, batch: Batch, config: TrainConfig
+    module: EagleModule,
+    target: TargetTensors,
+    batch: Batch,
+    config: TrainConfig,
+    steps: int | None = None,
+    begin: Tensor | None = None,
+    objective: Objective | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The objective over all steps of the unrolling, and per step the mean of 1 - TV(p, q).
 
     In each step the loss is averaged over its predictions, by weight; the steps are averaged by `step_decay ** j`.
+
+    Args:
+        module, target, batch: See `EagleModule.unroll`.
+        config: Weights of steps and losses.
+        steps: Of the unrolling; None: `config.unroll`.
+        begin: bool [B, L]: where rounds of more than one step begin; None: everywhere.
+        objective: The loss; None: `config.objective`.
     """
+    objective = objective or config.objective
     spec, counted = module.spec, (batch.weights > 0).flatten().nonzero()[:, 0]
 
     def chosen(x: Tensor) -> Tensor:
@@ -210,14 +298,14 @@ def unrolled_loss(
     with torch.no_grad():
         _, on_draft = log_distribution(target.logits(spec, next_features), module.draft_tokens)
     total, scale, alpha = weights.new_zeros(()), 0.0, []
-    for step, states in enumerate(module.unroll(target, batch, config.unroll)):
-        used = chosen(batch.drafts(step)).nonzero()[:, 0]
+    for step, states in enumerate(module.unroll(target, batch, steps or config.unroll, begin)):
+        used = chosen(batch.drafts(step, begin if step else None)).nonzero()[:, 0]
         if not len(used):
             alpha.append(weights.new_zeros(()))
             continue
         mine, p, w = chosen(states)[used], on_draft[used], weights[used]
         log_q = module.logits(target, mine).log_softmax(-1)
-        losses = config.objective(p, log_q, mine, next_features[used][:, -spec.hidden_size :])
+        losses = objective(p, log_q, mine, next_features[used][:, -spec.hidden_size :])
         factor = config.step_decay**step
         total = total + factor * (losses * w).sum() / w.sum()
         scale += factor

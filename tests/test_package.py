@@ -82,6 +82,7 @@ def test_contracts_import_the_standard_library_only() -> None:
         ("rollout_spec.config", ("torch", *ENGINES)),
         ("rollout_spec.sampling", ("rollout_spec.models", *ENGINES)),
         ("rollout_spec.models", ("rollout_spec.sampling",)),
+        ("rollout_spec.kernels", ("rollout_spec.models", "rollout_spec.drafters", *ENGINES)),
         ("rollout_spec.torch_backend", ("rollout_spec.engine", "rollout_spec.adaptive", "verl", "trl")),
         ("rollout_spec.vllm_backend", ("verl", "trl")),
         ("rollout_spec.adaptive", ("verl", "trl")),
@@ -192,3 +193,7 @@ def test_a_wheel_holds_every_module_under_its_import_name(tmp_path: Path) -> Non
     }
     assert {name for name in names if name.endswith(".py")} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    sources = {
+        f"rollout_spec/kernels/{path.name}" for path in (ROOT / "rollout_spec/kernels").glob("*.[ch]*")
+    }
+    assert sources and sources <= names

@@ -45,6 +45,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     scratch.replace(folder / _FILE)
 
 
+def begin_from(folder: Path, drafter: Tensors) -> None:
+    """Have a coordinator in this folder begin with a drafter that was trained before, as version 1."""
+    write_checkpoint(folder, Checkpoint(claim_epoch(folder), 0, None, 1, drafter))
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """The folder's checkpoint; an empty one where there is none."""
     if not (folder / _FILE).exists():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+from torch import Tensor
 
 from rollout_spec.adaptive.spot.coordinator import SpotOptions
 from rollout_spec.adaptive.spot.messages import RolloutBegan, RolloutOver
@@ -43,6 +44,7 @@ class SpotGroup:
         self._folder, self._options = str(folder), options or SpotOptions()
         self._resources = resources or {"num_cpus": 1}
         self._open, self._made, self.deaths = False, 0, 0
+        self._policy: tuple[Any, ...] = ()
         self.workers: list[Any] = [None] * workers
         self._names = [""] * workers
         self._lives: list[Any] = [None] * workers
@@ -70,7 +72,7 @@ class SpotGroup:
         pending: dict[Any, tuple[int, str]] = {}
 
         def ask(place: int) -> None:
-            pending[self.workers[place].generate.remote(waiting[place])] = place, self._names[place]
+            pending[self._ask(place, waiting[place])] = place, self._names[place]
 
         for place in range(len(waiting)):
             ask(place)
@@ -90,6 +92,11 @@ class SpotGroup:
             self.heal()
         self._each("rest")
         return [answers[place] for place in range(len(waiting))]
+
+    def update_weights(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Put a policy in force on every worker, and on those that replace them; not during a rollout."""
+        self._policy = ray.put(dict(weights)), version
+        self._each("update_weights", *self._policy)
 
     def heal(self) -> None:
         """Replace the actors that have died."""
@@ -112,9 +119,12 @@ class SpotGroup:
 
     # --- inside ----------------------------------------------------------------------------------------
 
-    def _each(self, method: str) -> None:
+    def _ask(self, place: int, share: Any) -> Any:
+        return self.workers[place].generate.remote(share)
+
+    def _each(self, method: str, *arguments: Any) -> None:
         """Call it on every worker, whoever dies."""
-        calls = [getattr(worker, method).remote() for worker in self.workers]
+        calls = [getattr(worker, method).remote(*arguments) for worker in self.workers]
         for place, (call, name) in enumerate(zip(calls, list(self._names))):
             if _died(call):
                 self._replace(place, name)
@@ -131,7 +141,9 @@ class SpotGroup:
         self._names[place] = f"worker-{self._made}"
         self._made += 1
         remote = ray.remote(SpotWorker).options(**self._resources)
-        self.workers[place] = remote.remote(self._names[place], make_engine, make_trainee, threads)
+        self.workers[place] = remote.remote(
+            self._names[place], make_engine, make_trainee, threads, *self._policy
+        )
         self._lives[place] = self.workers[place].lifetime.remote()
 
     def _start_coordinator(self) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollout_spec.adaptive.spot.messages import FromWorker, Payload, Publish, ToWorker, Train
+from rollout_spec.adaptive.spot.messages import FromWorker, Payload, Publish, Status, ToWorker, Train
 from rollout_spec.adaptive.spot.protocol import Engine, Tensors, Trainee
 from rollout_spec.adaptive.spot.worker import Done, Task, Worker
 
@@ -105,9 +106,15 @@ class Host:
             self.times.losses.append(loss)
             return Done(state=self.trainee.state() if task.last else None)
         candidate = self.trainee.candidate()
-        accepted, tokens = self.trainee.evaluate(candidate)
-        current = self.trainee.evaluate(self._in_force)[0] if self._in_force is not None else 0.0
+        accepted, tokens = self.trainee.evaluate(candidate, self._needed)
+        current = 0.0
+        if self._in_force is not None and not self._needed():
+            current = self.trainee.evaluate(self._in_force, self._needed)[0]
         return Done(None, accepted, current, tokens, candidate if task.order.lead else None)
+
+    def _needed(self) -> bool:
+        """Whether the task under way is void: the state machine, in another thread, has said so."""
+        return self.worker.status is Status.PREEMPTING
 
     # --- the clock -------------------------------------------------------------------------------------
 
@@ -131,6 +138,7 @@ class Host:
             "micro_batches": len(times.micro_batches),
             "micro_batch_seconds": percentiles(times.micro_batches),
             "preemption_seconds": percentiles(times.preemptions),
+            "pid": os.getpid(),
             "last_loss": times.losses[-1] if times.losses else None,
             "version": self.worker.version,
         }

@@ -29,8 +29,11 @@ class Trainee(Protocol):
     def candidate(self) -> Tensors:
         """A copy of the drafter as it would be published."""
 
-    def evaluate(self, tensors: Tensors) -> tuple[float, int]:
-        """A drafter's acceptance per token on held-out recent contexts, and on how many tokens (0: there are none)."""
+    def evaluate(self, tensors: Tensors, needed: Callable[[], bool]) -> tuple[float, int]:
+        """A drafter's acceptance per token on held-out recent contexts, and on how many tokens (0: there are none).
+
+        Once `needed()`, nobody waits for the result: it returns within a micro-batch's time.
+        """
 
     @property
     def bytes(self) -> int:
@@ -57,6 +60,9 @@ class Generator(Engine, Protocol):
 
     def generate(self, share: Any, draining: Callable[[], None]) -> Any:
         """Answer a share of the rollout; call `draining` once nothing of it waits any more."""
+
+    def update(self, weights: Tensors, version: int) -> None:
+        """Put a policy in force; no rollout and no training is under way."""
 
 
 def mean(states: Sequence[Tensors]) -> dict[str, Tensor]:

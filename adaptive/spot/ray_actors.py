@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,11 +63,22 @@ class SpotWorker(_Alive):
         name: Never used again after its death.
         make_engine, make_trainee: Called here, on the worker.
         threads: CPU threads.
+        weights, version: The policy, if it is not the one that `make_engine` begins with.
     """
 
-    def __init__(self, name: str, make_engine: MakeEngine, make_trainee: MakeTrainee, threads: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        make_engine: MakeEngine,
+        make_trainee: MakeTrainee,
+        threads: int,
+        weights: Tensors | None = None,
+        version: int = 0,
+    ) -> None:
         torch.set_num_threads(threads)
         self._engine = make_engine()
+        if weights is not None:
+            self._engine.update(weights, version)
         self._host = Host(name, self._engine, make_trainee(self._engine), _fetch)
         self._worker = self._host.worker
         self._coordinator: Any = None
@@ -118,6 +130,10 @@ class SpotWorker(_Alive):
             if not self._shares:
                 self._host.idle_from_now()
                 self._report(self._worker.end_work())
+
+    async def update_weights(self, weights: Tensors, version: int) -> None:
+        """Put a policy in force; called between rollouts, when the worker is at rest."""
+        await asyncio.to_thread(self._engine.update, weights, version)
 
     async def rest(self) -> None:
         """The rollout is over; returns when the device is free."""
@@ -217,6 +233,7 @@ class SpotCoordinator(_Alive):
         """Epoch, phase, rounds agreed on, version in force, workers, and all that was said."""
         machine = self._coordinator
         return {
+            "pid": os.getpid(),
             "epoch": machine.epoch,
             "phase": machine.phase.value,
             "step": machine.step,

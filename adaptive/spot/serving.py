@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import psutil
 import torch
 
 from rollout_spec.adaptive.spot.protocol import Tensors
 from rollout_spec.contracts import Completion, SamplingParams
-
-if TYPE_CHECKING:
-    from rollout_spec.drafters.eagle_spec import EagleSpec
-    from rollout_spec.engine import RolloutEngine
+from rollout_spec.drafters.eagle_spec import EagleSpec, Kind
+from rollout_spec.engine import RolloutEngine
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,19 @@ class ServedEngine:
     def __init__(self, engine: RolloutEngine, spec: EagleSpec | None = None) -> None:
         self.engine, self.spec = engine, spec
 
+    @classmethod
+    def from_pretrained(cls, model: str, config: Mapping[str, Any], kind: Kind = "eagle") -> ServedEngine:
+        """An engine for drafters of this kind. `functools.partial` of it makes engines in Ray.
+
+        Args:
+            model: Folder of the policy.
+            config: Of the engine; `speculation.adaptive` is on.
+            kind: See `EagleSpec`.
+        """
+        speculation = {"adaptive": True, **config.get("speculation", {})}
+        engine = RolloutEngine.from_pretrained(model, {**config, "speculation": speculation})
+        return cls(engine, EagleSpec.for_target(engine.backend.spec, kind))
+
     @property
     def busy(self) -> bool:
         """Whether requests are waiting or being decoded."""
@@ -62,6 +73,11 @@ class ServedEngine:
     def publish(self, tensors: Tensors, version: int) -> None:
         """Put a drafter in force between two steps."""
         self.engine.publish_drafter(tensors.items(), version, self.spec)
+
+    def update(self, weights: Tensors, version: int) -> None:
+        """Put a policy in force, unless it is."""
+        if version != self.engine.stats().version:
+            self.engine.update_weights(weights.items(), version)
 
     def generate(self, share: Share, draining: Callable[[], None]) -> list[Completion]:
         """The share's completions, in order."""

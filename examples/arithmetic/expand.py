@@ -106,9 +106,9 @@ class Expansion:
         norm = w["input_layernorm"]
         q, k, v = (self.read(w[f"self_attn.{name}_proj"], norm).unflatten(0, (-1, hd)) for name in "qkv")
         o = self.write(w["self_attn.o_proj"]).unflatten(1, (-1, hd))
-        D = self.shape.hidden
-        new_q = self.normal((heads, hd, D), q.std())
-        new_k, new_v = (self.normal((kv_heads, hd, D), x.std()) for x in (k, v))
+        D, inputs = self.shape.hidden, q.shape[2]
+        new_q = self.normal((heads, hd, inputs), q.std())
+        new_k, new_v = (self.normal((kv_heads, hd, inputs), x.std()) for x in (k, v))
         new_o = self.normal((D, heads, hd), OUTPUT_SCALE * o.std())
         if trained:
             group, new_group = len(q) // len(k), heads // kv_heads
@@ -123,8 +123,6 @@ class Expansion:
             "self_attn.k_proj": new_k.flatten(0, 1),
             "self_attn.v_proj": new_v.flatten(0, 1),
             "self_attn.o_proj": new_o.flatten(1),
-            "self_attn.q_norm": w["self_attn.q_norm"],
-            "self_attn.k_norm": w["self_attn.k_norm"],
         }
 
     def mlp(self, w: dict[str, torch.Tensor], trained: bool) -> dict[str, torch.Tensor]:
@@ -143,6 +141,7 @@ class Expansion:
     def layer(self, w: dict[str, torch.Tensor], trained: bool) -> dict[str, torch.Tensor]:
         ones = torch.ones(self.shape.hidden)
         norms = {"input_layernorm": ones, "post_attention_layernorm": ones.clone()}
+        norms |= {name: w[name] for name in ("self_attn.q_norm", "self_attn.k_norm")}
         return {**self.attention(w, trained), **self.mlp(w, trained), **norms}
 
     def embedding(self, rows_Vd: torch.Tensor) -> torch.Tensor:

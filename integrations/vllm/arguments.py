@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from rollout_spec.config import EngineConfig, SpeculationConfig
-from rollout_spec.drafters.quantize import available_quantizers
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.integrations.vllm.compat import check_version
 from rollout_spec.integrations.vllm.options import KEY, QUANTIZATION_PREFIX
 
 SCHEDULER = "rollout_spec.integrations.vllm.scheduler.PolicyScheduler"
 WORKER_EXTENSION = "rollout_spec.integrations.vllm.worker.WorkerExtension"
-KINDS = ("nf4", "int8", "int4")  # for `auto`, in order of preference
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # K that graphs are captured for
 
 
@@ -25,7 +24,7 @@ def llm_arguments(model: str, speculation: Mapping[str, Any] | None = None) -> d
 
     Args:
         model: The target, as vLLM takes it; the drafter is made from it.
-        speculation: Fields of `SpeculationConfig`. `drafter="auto"` takes the first of nf4, int8 and int4 that this
+        speculation: Fields of `SpeculationConfig`. `drafter="auto"` takes the first of nf4, int4 and int8 that this
             machine has a kernel for, without timing them; `history` has no part in vLLM, whose own n-gram method
             is the nearest to it.
 
@@ -66,9 +65,8 @@ def serve_flags(model: str, speculation: Mapping[str, Any] | None = None) -> lis
 
 def _available_kind() -> str:
     if torch.cuda.is_available():  # no trial there: it would open the device in vLLM's front end
-        return KINDS[0]
-    found = available_quantizers("cpu", torch.bfloat16)
-    return next((kind for kind in KINDS if found[kind] is None), KINDS[0])
+        return "nf4"
+    return usual_quantizer("cpu", torch.bfloat16)
 
 
 def _changed(options: SpeculationConfig) -> dict[str, Any]:

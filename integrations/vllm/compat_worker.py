@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from rollout_spec.contracts import RolloutSpecError, invalid
+from rollout_spec.integrations.vllm.hidden_states import capturing
+from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
+from rollout_spec.integrations.vllm.sampling import rebind
 
 if TYPE_CHECKING:
     from rollout_spec.integrations.vllm.worker import WorkerPolicy
@@ -55,7 +59,7 @@ def watch_drafting(
         figures = getattr(scheduler_output, "rollout_spec", None)
         if figures is not None:
             told(figures)
-        if allowed():
+        if scheduler_output.num_spec_tokens_to_schedule == 0 or allowed():
             try:
                 return propose(scheduler_output, *args, **options)
             except Exception as error:
@@ -65,6 +69,38 @@ def watch_drafting(
 
     watched.rollout_spec = True  # type: ignore[attr-defined]
     runner.propose_draft_token_ids = watched
+
+
+def skip_idle_drafting(module: ModuleType) -> None:
+    """Touch `vllm.v1.worker.gpu_model_runner`: at K = 0 do not prepare the inputs of a drafter that has nothing to do.
+
+    vLLM prepares them in every step, because its own draft models keep a KV cache of their own up to date. The
+    self-drafter and n-grams keep nothing. Drafters read tokens from the host here; asynchronous scheduling has the
+    next step read them from what is prepared, and so is left alone.
+    """
+    rebind(module.GPUModelRunner, "propose_draft_token_ids", _skip_idle)
+
+
+def _skip_idle(propose: Callable[..., Any]) -> Callable[..., Any]:
+    def propose_draft_token_ids(self: Any, scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        if scheduler_output.num_spec_tokens_to_schedule == 0 and _idles(self) and not capturing():
+            self._draft_probs = self._draft_prob_req_ids = None
+            return []
+        return propose(self, scheduler_output, *args, **options)
+
+    return propose_draft_token_ids
+
+
+def _idles(runner: Any) -> bool:
+    """Whether this runner's drafter keeps nothing from steps in which it does not draft; looked up once."""
+    try:
+        idles: bool = runner._rollout_spec_idles
+    except AttributeError:
+        config = runner.vllm_config
+        stateless = is_self_drafter(config) or config.speculative_config.method == "ngram"
+        idles = options_of(config) is not None and stateless and not runner.use_async_scheduling
+        runner._rollout_spec_idles = idles
+    return idles
 
 
 def current_config(vllm_config: Any) -> AbstractContextManager[Any]:

@@ -5,14 +5,20 @@ made at its end; the pass that the policy planned is that drafting and the verif
 Only whole steps can be timed from here (worker and scheduler may be two processes), so a step's time is divided
 between what it verified and what it drafted in the proportion the cost model expects; steps that verify without
 drafting, or draft without verifying, come with every switch and probe, and keep the two apart.
+
+While the policy rests (it decodes plainly and does not look whether to go on so) a step is told nothing and asks for
+nothing: what it costs is a few counters.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +31,7 @@ logger = logging.getLogger("rollout_spec")
 WATCH_TOKENS = 512  # draft tokens over which acceptance is judged
 
 
-@dataclass(frozen=True)
-class Live:
+class Live(NamedTuple):
     """A request that will decode after the step being scheduled.
 
     Attributes:
@@ -42,8 +47,7 @@ class Live:
     allowed: int
 
 
-@dataclass(frozen=True)
-class Verified:
+class Verified(NamedTuple):
     """What a step did with one request.
 
     Attributes:
@@ -59,6 +63,20 @@ class Verified:
     finished: bool
 
 
+class Ended(NamedTuple):
+    """A request that ended in a step of which nothing else is told.
+
+    Attributes:
+        request: Its id.
+        outputs: Output tokens it had.
+        cut_off: Whether it ended at a limit.
+    """
+
+    request: str
+    outputs: int
+    cut_off: bool
+
+
 @dataclass(frozen=True)
 class Decision:
     """What was decided while a step was scheduled: its drafts are verified in the next.
@@ -66,13 +84,15 @@ class Decision:
     Attributes:
         draft_length: K.
         requests: Those it was decided for, in the order of `state`.
-        state, plan: None where nothing will be live.
+        state, plan: `state` is None where nothing is to be learnt: nothing will be live, or the policy rests.
+        seconds: What deciding took.
     """
 
     draft_length: int
     requests: tuple[str, ...] = ()
     state: StepState | None = None
     plan: Plan | None = None
+    seconds: float = 0.0
 
 
 class Decisions:
@@ -88,6 +108,7 @@ class Decisions:
         reasons: Steps decided so far, by reason.
         draft_lengths: Steps decided so far, by K.
         set_aside: Why the drafter is not used, or None.
+        looking: Seconds that the last decision took for which the policy looked.
     """
 
     def __init__(
@@ -102,13 +123,42 @@ class Decisions:
         self.reasons: Counter[Reason] = Counter()
         self.draft_lengths: Counter[int] = Counter()
         self.set_aside: str | None = None
+        self.looking = 0.0
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._tried = self._accepted = 0
         self._draft_seconds = 0.0  # of the last step
+        self._planned: Plan | None = None  # the last of a rest
+        self._idle: dict[int, StepState] = {}
 
-    def decide(self, live: Sequence[Live], waiting: int) -> Decision:
-        """K of the drafts made at the end of the step being scheduled."""
+    def rest(self, batch: int) -> Decision | None:
+        """Let the policy rest in the step being scheduled, which decodes a token of each of `batch` requests.
+
+        None if `decide` has to be asked: the policy looks, or wants to be told of the step after.
+        """
+        self._planned = None
+        if self.drafter is None or self.set_aside is not None:
+            plan = Plan.plain(batch, Reason.NO_DRAFTER)
+        elif self.policy.looks(batch):
+            return None
+        else:
+            plan = self.policy.plan(self._unseen(batch))
+            if self.policy.looks(batch):  # the last of a rest shows what plain steps cost now
+                self._planned = plan
+                return None
+        self._count(plan.reason, 0)
+        return Decision(0, plan=plan)
+
+    def decide(self, live: Sequence[Live], waiting: int, began: float | None = None) -> Decision:
+        """K of the drafts made at the end of the step being scheduled.
+
+        Args:
+            live: Requests that will decode.
+            waiting: How many others wait.
+            began: `time.perf_counter()` when deciding began; None: now.
+        """
+        if began is None:
+            began = time.perf_counter()
         if not live:
             return Decision(0)
         state = StepState(
@@ -119,12 +169,19 @@ class Decisions:
             () if self.drafter is None or self.set_aside is not None else (self.drafter,),
             waiting=waiting,
         )
-        plan = self.policy.plan(state)
+        plan = self._planned
+        if plan is None:
+            plan = self.policy.plan(state)
+        else:
+            plan = Plan.plain(len(live), plan.reason, plan.seconds)
         wanted = int(plan.draft_lengths.max()) if plan.speculates and state.drafters else 0
         length = max(x for x in self.lengths if x <= wanted)
-        self.reasons[plan.reason] += 1
-        self.draft_lengths[length] += 1
-        return Decision(length, tuple(x.request for x in live), state, plan)
+        self._count(plan.reason, length)
+        seconds = time.perf_counter() - began
+        if self._planned is None:
+            self.looking = seconds
+        self._planned = None
+        return Decision(length, tuple(x.request for x in live), state, plan, seconds)
 
     def observe(
         self, before: Decision, now: Decision, verified: Sequence[Verified], seconds: float, clean: bool
@@ -135,19 +192,34 @@ class Decisions:
             before: Decided one step ago: what this step verified.
             now: Decided for this step: what it drafted at its end.
             verified: Every request it decoded.
-            seconds: Its time, drafting included.
+            seconds: Its time, drafting included, deciding not.
             clean: Whether it did nothing else, such as a prefill.
         """
         self._judge(verified)
+        draft_before, self._draft_seconds = self._draft_seconds, math.nan if now.draft_length else 0.0
         index = {request: i for i, request in enumerate(before.requests)}
         known = [x for x in verified if x.request in index]
         if before.state is not None and before.plan is not None and known:
             state = before.state.take(np.array([index[x.request] for x in known]))
             drafted = np.array([x.drafted for x in known], np.int64)
-            self._tell(
-                before.plan, state, drafted, now, known, seconds, clean and len(known) == len(verified)
-            )
+            if clean and len(known) == len(verified):
+                self._tell(before.plan, state, drafted, now, known, seconds, draft_before)
         self.forget(x.request for x in verified if x.finished)
+
+    def ended(self, requests: Sequence[Ended]) -> None:
+        """These ended in a step that was not observed; their lengths count all the same."""
+        count = len(requests)
+        outputs = np.array([x.outputs for x in requests], np.int64)
+        state = StepState(
+            np.array([self._slot(x.request) for x in requests], np.int64),
+            outputs,
+            outputs,
+            np.array([0 if x.cut_off else 1 for x in requests], np.int64),
+        )
+        none = np.zeros(count, np.int64)
+        outcome = StepOutcome(none, none, np.ones(count, bool), 0.0, math.nan, math.nan)
+        self.policy.observe(state, Plan.plain(count, Reason.NOT_WORTH), outcome)
+        self.forget([x.request for x in requests])
 
     def forget(self, requests: Iterable[str]) -> None:
         """These requests are gone."""
@@ -165,6 +237,19 @@ class Decisions:
         self.set_aside, self._tried, self._accepted = None, 0, 0
         self.policy.after_update()
 
+    def _count(self, reason: Reason, length: int) -> None:
+        self.reasons[reason] += 1
+        self.draft_lengths[length] += 1
+
+    def _unseen(self, batch: int) -> StepState:
+        """`batch` sequences for a policy that rests, and so reads no more than their number."""
+        if batch not in self._idle:
+            zeros = np.zeros(batch, np.int64)
+            self._idle[batch] = StepState(
+                np.arange(batch), zeros, zeros, zeros, () if self.drafter is None else (self.drafter,)
+            )
+        return self._idle[batch]
+
     def _slot(self, request: str) -> int:
         if request not in self._slots:
             self._slots[request] = self._free.pop() if self._free else len(self._slots)
@@ -178,16 +263,14 @@ class Decisions:
         now: Decision,
         verified: Sequence[Verified],
         seconds: float,
-        clean: bool,
+        draft_before: float,
     ) -> None:
         batch, context = len(state.slots), int(state.lengths.sum())
         timing = StepTiming(batch, int(drafted.sum()), now.draft_length, context, seconds)
-        if clean and isinstance(self.policy, SelfCalibrating):
+        if isinstance(self.policy, SelfCalibrating):
             self.policy.observe_step(timing)
         share = self._draft_share(timing)
-        draft_before, self._draft_seconds = self._draft_seconds, share * seconds
-        if not clean:
-            return
+        self._draft_seconds = share * seconds
         emitted = np.array([x.emitted for x in verified], np.int64)
         outcome = StepOutcome(
             np.minimum(np.maximum(emitted - 1, 0), drafted),
@@ -195,6 +278,7 @@ class Decisions:
             np.array([x.finished for x in verified], bool),
             draft_before if drafted.any() else 0.0,
             (1 - share) * seconds,
+            self.looking,
         )
         drafter = self.drafter if drafted.any() else None
         carried = Plan(drafted, np.zeros(batch, np.int64), drafter, plan.reason, plan.gain, plan.seconds)

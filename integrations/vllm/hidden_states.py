@@ -68,6 +68,11 @@ def capture(callback: Callback) -> Callable[[], None]:
     return stop
 
 
+def capturing() -> bool:
+    """Whether anybody in this process wants hidden states."""
+    return bool(_callbacks)
+
+
 def tap(module: ModuleType) -> None:
     """Touch `vllm.v1.spec_decode.llm_base_proposer`: show the callbacks what is handed to the drafter."""
     rebind(module.SpecDecodeBaseProposer, "__init__", _knowing_its_runner)

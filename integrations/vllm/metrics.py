@@ -8,6 +8,7 @@ PROMETHEUS_MULTIPROC_DIR is set, as vLLM does by itself for several API servers.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -25,6 +26,7 @@ class SchedulerMetrics:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._model = _model(vllm_config)
+        self._pending: Counter[tuple[Reason, int]] = Counter()
         self.kv_blocks = drafter_kv_blocks(vllm_config, kv_cache_config)
         _metric("drafter_kv_blocks").labels(self._model).set(self.kv_blocks)
         has_drafter = vllm_config.speculative_config is not None
@@ -33,9 +35,15 @@ class SchedulerMetrics:
         set_aside(vllm_config, "worker", False)
 
     def decided(self, reason: Reason, draft_length: int) -> None:
-        """A step was decided."""
-        _metric("decisions").labels(self._model, reason.value).inc()
-        _metric("draft_lengths").labels(self._model, str(draft_length)).inc()
+        """A step was decided; Prometheus hears of it at the next `publish`."""
+        self._pending[reason, draft_length] += 1
+
+    def publish(self) -> None:
+        """Let Prometheus know."""
+        for (reason, draft_length), steps in self._pending.items():
+            _metric("decisions").labels(self._model, reason.value).inc(steps)
+            _metric("draft_lengths").labels(self._model, str(draft_length)).inc(steps)
+        self._pending.clear()
 
 
 def set_versions(vllm_config: Any, policy: int, drafter: int | None) -> None:
@@ -79,7 +87,7 @@ def _model(vllm_config: Any) -> str:
 @cache
 def _metric(name: str) -> Any:
     """Made once in a process: Prometheus refuses a second of the same name."""
-    from prometheus_client import Counter, Gauge
+    import prometheus_client
 
     counters = {
         "decisions": ("Steps decided, by reason.", "reason"),
@@ -94,6 +102,8 @@ def _metric(name: str) -> Any:
     }
     if name in counters:
         text, *labels = counters[name]
-        return Counter(f"rollout_spec:{name}", text, ["model_name", *labels])
+        return prometheus_client.Counter(f"rollout_spec:{name}", text, ["model_name", *labels])
     text, *labels = gauges[name]
-    return Gauge(f"rollout_spec:{name}", text, ["model_name", *labels], multiprocess_mode="mostrecent")
+    return prometheus_client.Gauge(
+        f"rollout_spec:{name}", text, ["model_name", *labels], multiprocess_mode="mostrecent"
+    )

@@ -81,6 +81,10 @@ class SelfCalibrating:
         self._planned: defaultdict[int, int] = defaultdict(int)
         self._steps: defaultdict[int, list[StepTiming]] = defaultdict(list)
 
+    def looks(self, batch: int) -> bool:
+        """As the policy's; it always looks where costs are not known yet."""
+        return batch.bit_length() not in self._known or self.policy is None or self.policy.looks(batch)
+
     def plan(self, state: StepState) -> Plan:
         """The policy's plan, or the next of the pattern."""
         batch = len(state.slots)

@@ -6,9 +6,10 @@ The policy works over every method of vLLM that drafts as many tokens as it is t
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,17 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from rollout_spec.contracts import invalid
 from rollout_spec.integrations.vllm.choose_policy import choose_policy, drafter_name
-from rollout_spec.integrations.vllm.decisions import Decision, Decisions, Live, Verified
+from rollout_spec.integrations.vllm.decisions import Decision, Decisions, Ended, Live, Verified
 from rollout_spec.integrations.vllm.fit import check_fit
 from rollout_spec.integrations.vllm.metrics import SchedulerMetrics, set_aside
 from rollout_spec.integrations.vllm.options import KEY, options_of
 from rollout_spec.integrations.vllm.refusals import refuse_data_parallel
 from rollout_spec.integrations.vllm.sampling import may_draft
+from rollout_spec.vllm_backend.fast_paths import given_up_by
 
+logger = logging.getLogger("rollout_spec")
+
+_TELL_EVERY = 32  # steps of a rest
 _FIXED_LENGTH = ("medusa", "mlp_speculator", "custom_class", "extract_hidden_states")
 
 
@@ -66,6 +71,8 @@ class PolicyScheduler(Scheduler):
                 speculative.method,
                 "it drafts at one length only; use another method",
             )
+        for path, why in given_up_by(vllm_config).items():
+            logger.warning("no %s: %s", path, why)
         super().__init__(vllm_config, *args, **kwargs)
         lengths: Sequence[int] = range(self.num_spec_tokens + 1)
         if self.dynamic_sd_lookup is not None:  # those that vLLM captured graphs for
@@ -83,6 +90,12 @@ class PolicyScheduler(Scheduler):
         self._steps: deque[_Step] = deque()
         self._ended = 0.0
         self._began = 0.0
+        self._untold = 0
+
+    @property
+    def drafting(self) -> bool:
+        """Whether the step that ended last may have made drafts."""
+        return bool(self._steps) or self._decided.draft_length > 0
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._began = time.perf_counter()
@@ -91,15 +104,35 @@ class PolicyScheduler(Scheduler):
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         before, self._decided = self._decided, self._decide(scheduler_output)
         scheduler_output.num_spec_tokens_to_schedule = self._decided.draft_length
-        scheduler_output.rollout_spec = self.figures()  # so that `rollout_spec_state` can tell from outside
+        self._untold += 1
+        if self._decided.state is not None or self._untold >= _TELL_EVERY:
+            scheduler_output.rollout_spec = (
+                self.figures()
+            )  # so that `rollout_spec_state` can tell from outside
+            self._metrics.publish()
+            self._untold = 0
         self._steps.append(_Step(scheduler_output, before, self._decided, self._began))
         super()._update_after_schedule(scheduler_output)
 
     def _decide(self, scheduler_output: Any) -> Decision:
-        if not scheduler_output.num_scheduled_tokens or not self.num_spec_tokens:
+        scheduled = scheduler_output.num_scheduled_tokens
+        if not scheduled or not self.num_spec_tokens:
             return Decision(0)
+        decision = None
+        if scheduler_output.total_num_scheduled_tokens == len(
+            scheduled
+        ):  # all decode, and nothing was drafted
+            decision = self.decisions.rest(len(scheduled))
+        if decision is None:
+            decision = self._look(scheduled)
+        if decision.plan is not None:
+            self._metrics.decided(decision.plan.reason, decision.draft_length)
+        return decision
+
+    def _look(self, scheduled: Mapping[str, int]) -> Decision:
+        began = time.perf_counter()
         live = []
-        for request_id, count in scheduler_output.num_scheduled_tokens.items():
+        for request_id, count in scheduled.items():
             request = self.requests[request_id]
             known = request.num_tokens + request.num_output_placeholders
             if request.num_computed_tokens + count < known or request.sampling_params is None:
@@ -111,10 +144,7 @@ class PolicyScheduler(Scheduler):
         self.decisions.forget_others(self.requests)
         if not any(may_draft(self, self.requests[one.request]) for one in live):
             return Decision(0)
-        decision = self.decisions.decide(live, len(self.waiting))
-        if decision.plan is not None:
-            self._metrics.decided(decision.plan.reason, decision.draft_length)
-        return decision
+        return self.decisions.decide(live, len(self.waiting), began)
 
     def figures(self) -> dict[str, Any]:
         """What was decided so far, as plain values: see `WorkerExtension.rollout_spec_state`."""
@@ -126,8 +156,14 @@ class PolicyScheduler(Scheduler):
         }
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        while self._steps and self._steps[0].output is not scheduler_output:
+            self._steps.popleft()
+        step = self._steps.popleft() if self._steps else None
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        if step is None or (step.before.state is None and not drafts):
+            return self._update_unobserved(step, scheduler_output, model_runner_output)
         tokens, row = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
-        drafts, decoded, clean = scheduler_output.scheduled_spec_decode_tokens, {}, True
+        decoded, clean = {}, True
         for request_id, count in scheduler_output.num_scheduled_tokens.items():
             drafted = len(drafts.get(request_id, ()))
             if count != 1 + drafted:
@@ -135,24 +171,36 @@ class PolicyScheduler(Scheduler):
             elif tokens and request_id in row:
                 decoded[request_id] = drafted, len(tokens[row[request_id]])
         result = super().update_from_output(scheduler_output, model_runner_output)
-        while self._steps and self._steps[0].output is not scheduler_output:
-            self._steps.popleft()
-        if self._steps:
-            self._observe(self._steps.popleft(), decoded, clean)
-        return result
-
-    def _observe(self, step: _Step, decoded: dict[str, tuple[int, int]], clean: bool) -> None:
         now = time.perf_counter()
-        seconds, self._ended = now - max(step.began, self._ended), now
+        deciding = step.now.seconds if step.began >= self._ended else 0.0  # else it was done beside a step
+        seconds, self._ended = now - max(step.began, self._ended) - deciding, now
         verified = []
         for request_id, (drafted, emitted) in decoded.items():
             request = self.requests.get(request_id)
             finished = request is None or request.is_finished()
             verified.append(Verified(request_id, drafted, emitted, finished))
-        if verified:
-            self.decisions.observe(step.before, step.now, verified, seconds, clean)
-            if self.decisions.set_aside is not None:
-                set_aside(self.vllm_config, "scheduler", True)
+        self.decisions.observe(step.before, step.now, verified, seconds, clean)
+        if self.decisions.set_aside is not None:
+            set_aside(self.vllm_config, "scheduler", True)
+        return result
+
+    def _update_unobserved(self, step: _Step | None, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Of a step that teaches nothing, only the lengths of what ends in it are kept."""
+        requests = [self.requests.get(request_id) for request_id in scheduler_output.num_scheduled_tokens]
+        result = super().update_from_output(scheduler_output, model_runner_output)
+        self._ended = time.perf_counter()
+        if step is not None:
+            self.decisions.observe(step.before, step.now, (), 0.0, False)
+        if self.finished_req_ids and self.num_spec_tokens:
+            ended = [
+                Ended(x.request_id, x.num_output_tokens, x.num_output_tokens >= x.max_tokens)
+                for x in requests
+                if x is not None and x.request_id in self.finished_req_ids
+            ]
+            if ended:
+                self.decisions.ended(ended)
+                self._metrics.publish()
+        return result
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """As vLLM's. Every weight update ends with it, so what was learnt of the drafter counts less from here on."""

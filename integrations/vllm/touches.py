@@ -62,6 +62,13 @@ POLICY = (
     ),
     touch(
         "policy",
+        "vllm.v1.engine.core:EngineCore.post_step",
+        "self, model_executed",
+        why="wrapped: drafts are asked for only where some were made",
+    ),
+    touch("policy", "vllm.v1.engine.core:EngineCore", ("scheduler",), why="says whether drafts were made"),
+    touch(
+        "policy",
         "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
         "self, scheduler_output",
         why="asynchronous scheduling reserves K placeholders here",
@@ -69,14 +76,20 @@ POLICY = (
     touch(
         "policy",
         "vllm.v1.core.sched.output:SchedulerOutput",
-        ("num_scheduled_tokens", "num_spec_tokens_to_schedule", "scheduled_spec_decode_tokens"),
-        why="carries K to the runner",
+        (
+            "num_scheduled_tokens",
+            "num_spec_tokens_to_schedule",
+            "scheduled_spec_decode_tokens",
+            "total_num_scheduled_tokens",
+        ),
+        why="carries K to the runner, and says whether a step does nothing but decode",
     ),
     touch(
         "policy",
         _SCHEDULER,
         (
             "dynamic_sd_lookup",
+            "finished_req_ids",
             "max_model_len",
             "num_lookahead_tokens",
             "num_spec_tokens",
@@ -99,6 +112,7 @@ POLICY = (
             "num_output_tokens",
             "num_prompt_tokens",
             "num_tokens",
+            "request_id",
             "sampling_params",
             "spec_token_ids",
         ),

@@ -99,15 +99,22 @@ DRAFTER = (
     touch(
         "drafter",
         _RUNNER,
-        ("drafter", "effective_drafter_max_model_len", "shared_kv_cache_layers", "use_async_scheduling"),
-        why="which layers share a cache, and up to where drafting goes on",
+        (
+            "drafter",
+            "effective_drafter_max_model_len",
+            "shared_kv_cache_layers",
+            "use_async_scheduling",
+            "_draft_prob_req_ids",
+            "_draft_probs",
+        ),
+        why="which layers share a cache, up to where drafting goes on, and what drafts were sampled from",
     ),
     touch(
         "drafter",
         f"{_RUNNER}.propose_draft_token_ids",
         "self, scheduler_output, sampled_token_ids, sampling_metadata, hidden_states, sample_hidden_states, "
         "aux_hidden_states, spec_decode_metadata, common_attn_metadata, slot_mappings",
-        why="wrapped: a drafter that fails or may not be used drafts nothing",
+        why="wrapped: a drafter that fails or may not be used drafts nothing, and at K = 0 nothing is prepared for it",
     ),
     touch(
         "drafter",

@@ -45,7 +45,8 @@ class WorkerPolicy:
         drafter: The drafter, None without one. A drafter that is not a copy of the policy keeps its version; only
             its acceptance is judged.
         follows: Whether the drafter is a copy of the policy, which every update makes anew.
-        decisions: What the scheduler had decided at the last step: see `PolicyScheduler.figures`.
+        decisions: What the scheduler had decided when it told last: see `PolicyScheduler.figures`. It tells when the
+            policy looks, and now and then while it rests.
         quantize_seconds: What the drafter's part of the update under way has taken.
     """
 

@@ -89,7 +89,12 @@ class EngineBenchmark:
 
     def speculation_against_plain(self) -> None:
         """Speculation against the engine's own plain decoding: the same tokens of the policy's own text."""
-        engine = self._engine(self.path, drafter=usual_quantizer("cpu", torch.bfloat16), verifier="coupled", canary_min_acceptance=0.0)
+        engine = self._engine(
+            self.path,
+            drafter=usual_quantizer("cpu", torch.bfloat16),
+            verifier="coupled",
+            canary_min_acceptance=0.0,
+        )
         work = {batch: self._long_answers(engine, batch) for batch in _DRAFT_LENGTH}
         for acceptance in (None, *_DEGRADED):
             if acceptance is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rollout_spec.policy.records import Matches, Plan, Reason, SpeculationPolicy
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = 64  # of every answer: all end together, which is where tokens ahead of the others are worth least
 _PROMPT = 20  # characters: answers to such prompts are longer than that, so that all text is the policy's own
-_POOL = 16  # so many prompts, or more, hold one as long
+_LEAST_SECONDS, _MOST_TRIPLES = 20.0, 25  # short runs are repeated until they have taken as long, or as often
 _USELESS = 4.0  # relative noise on the drafter's weights that leaves nothing of it
 
 
@@ -60,9 +61,7 @@ class NeverSlower:
         self.drafter = self.engine.stats().drafter
         self.calibration = calibrated(self.engine, console)
         self._history = History()
-        count = 3 * (pairs + 1) * sum(BATCHES)
-        pool = load_problems().prompts(_POOL * count, seed, "test")
-        self._prompts = (prompt for prompt in pool if len(prompt) >= _PROMPT)
+        self._prompts = _long_prompts(seed)
 
     def useful(self) -> None:
         """With the drafter as it is, learning on from run to run, as in use."""
@@ -97,24 +96,35 @@ class NeverSlower:
                 return time.perf_counter() - start
 
             with self.console.status(f"{situation}, B={batch}"):
-                for triple in range(-1, self.pairs):
+                prompts = list(islice(self._prompts, batch))
+                taken = run(off, prompts), run(automatic, prompts), run(off, prompts)  # not counted
+                repeats = math.ceil(_LEAST_SECONDS / sum(taken))
+                for _ in range(max(self.pairs, min(repeats, _MOST_TRIPLES))):
                     prompts = list(islice(self._prompts, batch))
-                    assert len(prompts) == batch
-                    taken = run(off, prompts), run(automatic, prompts), run(off, prompts)
-                    if triple >= 0:
-                        triples.append(taken)
+                    triples.append((run(off, prompts), run(automatic, prompts), run(off, prompts)))
             first, speculated, second = np.array(triples).T
             name = f"{situation}, B={batch}"
             row = _ratios((first + second) / 2 / speculated)
             self.ratios[name] = row | {
                 "plain_over_plain": _ratios(first / second),
-                "triples": self.pairs,
+                "triples": len(triples),
                 "tokens": _TOKENS,
                 "plain_seconds": round(float(np.median(first)), 4),
             }
             self.console.print(
-                f"{name}: {row['median_ratio']:.3f} ({row['lower_95']:.3f}-{row['upper_95']:.3f})", highlight=False
+                f"{name}: {row['median_ratio']:.3f} ({row['lower_95']:.3f}-{row['upper_95']:.3f})",
+                highlight=False,
             )
+
+
+def _long_prompts(seed: int) -> Iterator[str]:
+    """Prompts of at least `_PROMPT` characters, all different."""
+    seen: set[str] = set()
+    for part in count(seed << 16):
+        for prompt in load_problems().prompts(4096, part, "test"):
+            if len(prompt) >= _PROMPT and prompt not in seen:
+                seen.add(prompt)
+                yield prompt
 
 
 def _ratios(values: np.ndarray) -> dict[str, float]:

@@ -6,80 +6,27 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rollout_spec.adaptive.spot.coordinator import SpotOptions
 from rollout_spec.adaptive.spot.group import SpotGroup
-from rollout_spec.adaptive.spot.protocol import Generator, Tensors, Trainee
+from rollout_spec.adaptive.spot.protocol import Tensors, Trainee
 from rollout_spec.adaptive.spot.serving import ServedEngine, Share
+from rollout_spec.adaptive.spot.trainee import DrafterTrainee
+from rollout_spec.adaptive.trainer import TrainConfig
+from rollout_spec.benchmarks.bootstrap import median_interval
 from rollout_spec.contracts import SamplingParams
-from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import example_folder, load_problems
 
 NEIGHBOURS = ("train", "local", "idle", "stream")
-
-
-class SmallTrainee:
-    """Learns a fixed random distribution over `vocab` from vectors of `width`: a stand-in for a drafter's trainer."""
-
-    def __init__(self, width: int = 128, vocab: int = 256, batch: int = 256, seed: int = 0) -> None:
-        made = torch.Generator().manual_seed(1)
-        self._teacher = torch.randn(width, vocab, generator=made)
-        self._held_out = torch.randn(256, width, generator=made)
-        torch.manual_seed(1)
-        self._model = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, vocab))
-        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=1e-3)
-        self._data = torch.Generator().manual_seed(seed)
-        self._batch = batch
-        self.micro_step()  # so that the optimizer has its moments
-
-    @property
-    def bytes(self) -> int:
-        """Parameters, gradients and two moments."""
-        return 4 * sum(p.numel() * p.element_size() for p in self._model.parameters())
-
-    def micro_step(self) -> float:
-        """Cross-entropy against the teacher on a fresh batch."""
-        x = torch.randn(self._batch, self._teacher.shape[0], generator=self._data)
-        loss = nn.functional.cross_entropy(self._model(x), (x @ self._teacher).softmax(-1))
-        self._optimizer.zero_grad()
-        loss.backward()
-        self._optimizer.step()
-        return loss.item()
-
-    def state(self) -> dict[str, Tensor]:
-        """Parameters and moments."""
-        return {name: tensor.clone() for name, tensor in self._parts().items()}
-
-    def load(self, state: Tensors) -> None:
-        """Take a state over."""
-        for name, tensor in self._parts().items():
-            tensor.copy_(state[name])
-
-    def candidate(self) -> dict[str, Tensor]:
-        """The parameters."""
-        return {name: tensor.detach().clone() for name, tensor in self._model.named_parameters()}
-
-    def evaluate(self, tensors: Tensors) -> tuple[float, int]:
-        """1 - TV against the teacher."""
-        with torch.no_grad():
-            logits = torch.func.functional_call(self._model, dict(tensors), (self._held_out,))
-            p, q = (self._held_out @ self._teacher).softmax(-1), logits.softmax(-1)
-            return float(torch.minimum(p, q).sum(-1).mean()), len(p)
-
-    def _parts(self) -> dict[str, Tensor]:
-        parts = {}
-        for name, parameter in self._model.named_parameters():
-            parts[name] = parameter.detach()
-            for moment, tensor in self._optimizer.state[parameter].items():
-                parts[f"{moment}/{name}"] = tensor
-        return parts
+MICRO_BATCHES = 2  # per round: whatever a rollout's end cuts off is lost
 
 
 class Neighbour:
@@ -123,12 +70,19 @@ class NotedEngine(ServedEngine):
         self.published = tensors
 
 
-def served_policy(path: Path | None = None, **options: Any) -> Callable[[], NotedEngine]:
-    """Makes engines on a policy (default: the shipped one), coupled verifier, without drafters."""
-    folder = str(path or example_folder() / "policy")
-    speculation = {"drafter": "none", "verifier": "coupled", "history": False}
-    config = {"max_model_len": 640, "max_num_seqs": 8, "speculation": speculation} | options
-    return lambda: NotedEngine(RolloutEngine.from_pretrained(folder, config))
+def served_policy() -> NotedEngine:
+    """The shipped policy in float32, coupled verifier, without drafters: all that is timed is plain decoding."""
+    speculation = {"drafter": "none", "adaptive": False, "verifier": "coupled", "history": False}
+    config = {"dtype": "float32", "max_model_len": 640, "max_num_seqs": 8, "speculation": speculation}
+    served = NotedEngine.from_pretrained(str(example_folder() / "policy"), config)
+    assert isinstance(served, NotedEngine)
+    return served
+
+
+def trainee(role: Path, served: ServedEngine) -> Neighbour:
+    """The drafter's real trainer, which can be told to do something else."""
+    config = TrainConfig(warmup_steps=5, row_tokens=192)
+    return Neighbour(DrafterTrainee.begin(served, config, batch_tokens=192, judged_tokens=768), role)
 
 
 class Free:
@@ -137,7 +91,6 @@ class Free:
     Args:
         draws: Rollouts per neighbour.
         seed: Of prompts and noise.
-        make_engine, make_trainee: What the workers run; default: the shipped policy, and a small module.
         short, long: Prompts of each worker.
 
     Attributes:
@@ -148,14 +101,10 @@ class Free:
         self,
         draws: int,
         seed: int,
-        make_engine: Callable[[], Generator] | None = None,
-        make_trainee: Callable[[Generator], Trainee] | None = None,
-        short: int = 2,
-        long: int = 2,
+        short: int = 4,
+        long: int = 4,
     ) -> None:
         self.draws, self.seed, self.short, self.long = draws, seed, short, long
-        self._make_engine = make_engine or served_policy()
-        self._make_trainee = make_trainee or (lambda engine: SmallTrainee())
         self.seconds: dict[str, list[float]] = {kind: [] for kind in NEIGHBOURS}
 
     def run(self) -> dict[str, Any]:
@@ -164,16 +113,11 @@ class Free:
         with tempfile.TemporaryDirectory() as folder:
             role = Path(folder) / "role"
             role.write_text("train")
-            make = self._make_trainee
-            group = SpotGroup(
-                2,
-                self._make_engine,
-                lambda engine: Neighbour(make(engine), role),  # type: ignore[arg-type, return-value]
-                folder,
-                SpotOptions(micro_batches=8, publish_every=8),
-            )
+            options = SpotOptions(micro_batches=MICRO_BATCHES, publish_every=12, save_every=4)
+            group = SpotGroup(2, served_policy, partial(trainee, role), folder, options)
             try:
-                group.rollout(self._shares(pool, -1))
+                for draw in (-2, -1):  # fills the buffers
+                    group.rollout(self._shares(pool, draw))
                 before = group.figures()
                 training = []
                 for draw in range(self.draws):
@@ -206,22 +150,35 @@ class Free:
                 for worker in after["workers"]
             )
 
+        def agreed(figures: Any) -> int:
+            return int(figures["coordinator"]["step"]) * MICRO_BATCHES
+
         medians = {kind: statistics.median(seconds) for kind, seconds in self.seconds.items()}
-        ratios = {
-            kind: statistics.median(
-                a / b for a, b in zip(self.seconds["train"], self.seconds[kind], strict=True)
-            )
-            for kind in NEIGHBOURS[1:]
-        }
+        ratios = {}
+        for kind in NEIGHBOURS[1:]:
+            pairs = [a / b for a, b in zip(self.seconds["train"], self.seconds[kind], strict=True)]
+            low, high = median_interval(pairs)
+            ratios[kind] = {"median": statistics.median(pairs), "interval_95": [low, high]}
+        idler = max(last["workers"].values(), key=lambda worker: worker["micro_batches"])
+        micro_batches = sum(self._count(after) - self._count(before) for before, after in training)
+        kept = sum(agreed(after) - agreed(before) for before, after in training)
         return {
             "idle_seconds": spent("idle_seconds"),
             "used_share": spent("used_seconds") / max(spent("idle_seconds"), 1e-9),
+            "micro_batches": micro_batches,
+            "kept_share_of_micro_batches": kept / max(micro_batches, 1),
+            "preemption_p99_over_micro_batch_p99": idler["preemption_seconds"]["p99"]
+            / idler["micro_batch_seconds"]["p99"],
             "step_seconds": medians,
             "step_time_with_training_over": ratios,
             "workers": last["workers"],
             "coordinator": last["coordinator"],
             "threads_of_machine": os.cpu_count(),
         }
+
+    @staticmethod
+    def _count(figures: Any) -> int:
+        return sum(worker["micro_batches"] for worker in figures["workers"].values())
 
 
 def start_ray() -> None:

@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from rollout_spec.benchmarks.bootstrap import median_interval
 from rollout_spec.benchmarks.longtail import stratified
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.example_policy import load_problems
+from rollout_spec.integrations.vllm.compat_worker import scheduler
+from rollout_spec.observe.machine import cpu_model
+from rollout_spec.policy.baselines import Off
 
 BATCHES = (1, 2, 4, 8, 16, 32)
-_TOKENS_OF_WORK, _FEWEST, _MOST = 512, 24, 96
-_KV_BYTES, _MAX_LEN, _LONGEST = 1 << 30, 640, 512
+_TOKENS_OF_WORK, _FEWEST, _MOST = 192, 12, 32
+_CALIBRATING = (
+    48  # tokens in which the plugin has measured its costs at a batch size; it does so once per machine
+)
+_KV_BYTES, _MAX_LEN, _LONGEST = 1 << 29, 640, 160
 _NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 _DRAFT_LENGTHS = (3, 6)
 
@@ -28,7 +36,8 @@ class VllmBenchmark:
     """Engines that differ in how they speculate only: one cache size, one dtype, in one process, taking turns.
 
     Attributes:
-        ratios: By name: median and interval of baseline time / plugin time, and the pairs.
+        ratios: By name: median and interval of one's time over the other's, and the pairs.
+        dtype, drafter: `bfloat16` where the CPU multiplies it natively, else `float32`; the kind of drafter.
         notes: KV blocks of every engine, what the plugin decided.
     """
 
@@ -40,49 +49,71 @@ class VllmBenchmark:
         self.path, self.pairs, self.seed, self.console = path, pairs, seed, console
         self.ratios: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {}
+        native = {"avx512_bf16", "amx_bf16"} & set(cpu_model()[1])
+        self.dtype = "bfloat16" if native else "float32"
+        self.drafter = usual_quantizer("cpu", getattr(torch, self.dtype))
         self._llm_arguments = llm_arguments
         self._prompts = iter(load_problems().prompts(4096, seed, "test"))
         self._engines: dict[str, Any] = {}
 
     def never_slower(self) -> None:
-        """Plain vLLM against vLLM with the plugin, at every batch size."""
+        """Plain vLLM against vLLM with the plugin, at every batch size, and against itself, which is the noise."""
+        self._sweep("plugin", BATCHES, 0.97)
+
+    def overhead(self) -> None:
+        """The same with a policy that never speculates: what being there costs."""
+        self._sweep("plugin off", BATCHES[::2], None)
+
+    def _sweep(self, name: str, batches: Sequence[int], target: float | None) -> None:
         self._start_both()
-        for batch in BATCHES:
+        self._start("stock again", {})
+        for batch in batches:
             tokens = max(_FEWEST, min(_MOST, _TOKENS_OF_WORK // batch))
             prompts = [self._next(batch) for _ in range(self.pairs + 1)]
-            seconds = self._turns(("stock", "plugin"), prompts, [tokens] * batch)
-            self._record(f"never slower, B={batch}", seconds, ("stock",), 0.97, tokens=tokens)
+            self._run(name, self._next(batch), [_CALIBRATING] * batch)
+            seconds = self._turns(("stock", "stock again", name), prompts, [tokens] * batch)
+            self._record(f"B={batch}", seconds, "stock", name, target, tokens=tokens)
+            self._record(f"B={batch}", seconds, "stock", "stock again", None, tokens=tokens)
 
-    def alternatives(self) -> None:
-        """One sequence, and long-tail rollouts, against vLLM's own ways to speculate."""
-        self._start_both()
-        self._start("stock ngram", {"speculative_config": _NGRAM})
-        for length in _DRAFT_LENGTHS:
-            own = {
-                "method": "draft_model",
-                "model": str(self.path),
-                "quantization": "rollout_spec_nf4",
-                "num_speculative_tokens": length,
-                "draft_sample_method": "probabilistic",
-            }
-            self._start(f"stock draft_model K={length}", {"speculative_config": own})
-        names = tuple(self._engines)
-        others = tuple(name for name in names if name != "plugin")
+    def single(self) -> None:
+        """One sequence, against vLLM's own ways to speculate."""
+        names, others = self._start_alternatives()
         rounds = [self._next(1) for _ in range(self.pairs + 1)]
         seconds = self._turns(names, rounds, [_MOST * 2])
-        self._record("B=1", seconds, others, 1.0)
-        for batch in (8, 32):
-            prompts = stratified(batch, self.pairs + 1, self.seed)
-            lengths = self._lengths(prompts[:batch])
-            rounds = [prompts[row : row + batch] for row in range(0, len(prompts), batch)]
-            seconds = self._turns(names, rounds, lengths)
-            self._record(f"long tail, {batch} sequences", seconds, others, 1.0, lengths=lengths)
+        for other in others:
+            self._record("one sequence", seconds, other, "plugin", 1.0)
+
+    def long_tail(self, batch: int) -> None:
+        """Whole rollouts with lengths of the policy's own, against vLLM's own ways to speculate."""
+        names, others = self._start_alternatives()
+        prompts = stratified(batch, self.pairs + 1, self.seed)
+        lengths = self._lengths(prompts[:batch])
+        rounds = [prompts[row : row + batch] for row in range(0, len(prompts), batch)]
+        seconds = self._turns(names, rounds, lengths)
+        for other in others:
+            self._record(f"long tail of {batch}", seconds, other, "plugin", 1.0, lengths=lengths)
 
     # --- the parts -------------------------------------------------------------------------------------
 
     def _start_both(self) -> None:
         self._start("stock", {})
-        self._start("plugin", self._llm_arguments(str(self.path), {"drafter": "nf4"}))
+        self._start("plugin", self._llm_arguments(str(self.path), {"drafter": self.drafter}))
+
+    def _start_alternatives(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of all engines, and of those that the plugin is compared with."""
+        self._start_both()
+        self._start("ngram", {"speculative_config": _NGRAM})
+        own = {
+            "method": "draft_model",
+            "model": str(self.path),
+            "quantization": f"rollout_spec_{self.drafter}",
+            "draft_sample_method": "probabilistic",
+        }
+        names = ["stock", "ngram"]
+        for length in _DRAFT_LENGTHS:
+            names.append(f"draft_model K={length}")
+            self._start(names[-1], {"speculative_config": own | {"num_speculative_tokens": length}})
+        return (*names, "plugin"), tuple(names)
 
     def _start(self, name: str, arguments: Mapping[str, Any]) -> None:
         from vllm import LLM
@@ -92,7 +123,7 @@ class VllmBenchmark:
         with self.console.status(f"starting {name}"):
             engine = LLM(
                 **{"model": str(self.path)} | dict(arguments),
-                dtype="bfloat16",
+                dtype=self.dtype,
                 enforce_eager=True,
                 max_model_len=_MAX_LEN,
                 max_num_seqs=max(BATCHES),
@@ -120,9 +151,17 @@ class VllmBenchmark:
         from vllm import SamplingParams
 
         params = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True) for n in lengths]
+        engine = self._engines[name.removesuffix(" off")]
+        decisions = getattr(scheduler(engine.llm_engine), "decisions", None)
+        policy = getattr(decisions, "policy", None)
+        if name.endswith(" off"):
+            decisions.policy = Off()
         start = time.perf_counter()
-        self._engines[name].generate(list(prompts), params, use_tqdm=False)
-        return time.perf_counter() - start
+        engine.generate(list(prompts), params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        if decisions is not None:
+            decisions.policy = policy
+        return seconds
 
     def _turns(
         self, names: Sequence[str], rounds: Sequence[Sequence[str]], lengths: Lengths
@@ -138,19 +177,32 @@ class VllmBenchmark:
         return {name: np.array(taken) for name, taken in seconds.items()}
 
     def _record(
-        self, part: str, seconds: Mapping[str, np.ndarray], others: Sequence[str], target: float, **notes: Any
+        self,
+        part: str,
+        seconds: Mapping[str, np.ndarray],
+        base: str,
+        name: str,
+        target: float | None,
+        **notes: Any,
     ) -> None:
-        for other in others:
-            ratios = seconds[other] / seconds["plugin"]
-            low, high = median_interval(ratios.tolist(), level=0.90)  # low: the one-sided 95 % bound
-            name = f"{part}, {other}"
-            self.ratios[name] = {
-                "median_ratio": round(float(np.median(ratios)), 4),
-                "lower_95": round(low, 4),
-                "upper_95": round(high, 4),
-                "target": target,
-                "pairs": self.pairs,
-                "seconds": [round(float(np.median(seconds[x])), 4) for x in (other, "plugin")],
-                **notes,
-            }
-            self.console.print(f"{name}: {np.median(ratios):.3f} ({low:.3f}-{high:.3f})", highlight=False)
+        ratios = seconds[base] / seconds[name]
+        low, high = median_interval(ratios.tolist(), level=0.90)  # low: the one-sided 95 % bound
+        title = f"{part}, {name} over {base}"
+        self.ratios[title] = {
+            "median_ratio": round(float(np.median(ratios)), 4),
+            "lower_95": round(low, 4),
+            "upper_95": round(high, 4),
+            "min_ratio": round(float(ratios.min()), 4),
+            "max_ratio": round(float(ratios.max()), 4),
+            "target": target,
+            "pairs": self.pairs,
+            "seconds": [round(float(np.median(seconds[x])), 4) for x in (base, name)],
+            **notes,
+        }
+        self.console.print(f"{title}: {np.median(ratios):.3f} ({low:.3f}-{high:.3f})", highlight=False)
+
+    def finish(self) -> None:
+        """Note what the plugin decided."""
+        decisions = scheduler(self._engines["plugin"].llm_engine).decisions
+        self.notes["reasons"] = {reason.value: steps for reason, steps in decisions.reasons.items()}
+        self.notes["draft_lengths"] = {str(k): steps for k, steps in sorted(decisions.draft_lengths.items())}

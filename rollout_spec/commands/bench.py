@@ -15,6 +15,8 @@ from rich.table import Table
 from rollout_spec.benchmarks.engine import EngineBenchmark
 from rollout_spec.benchmarks.longtail import RULES, LongTail
 from rollout_spec.benchmarks.never_slower import NeverSlower, decision_microseconds, toggling_overhead
+from rollout_spec.commands.bench_drafter import adaptive, capture, spot
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.example_policy import SIZES, expanded_policy
 from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, report_options
 
@@ -22,6 +24,10 @@ from rollout_spec.observe.report import Check, EvidenceLevel, Report, finish, re
 @click.group()
 def command() -> None:
     """Paired, interleaved measurements: medians of ratios, with their spread."""
+
+
+for _benchmark in (adaptive, capture, spot):
+    command.add_command(_benchmark)
 
 
 @command.command()
@@ -89,31 +95,6 @@ _longtail_targets = {  # by samples in a rollout: with the quantized drafter alo
 }
 
 
-@command.command("spot")
-@click.option(
-    "--draws", type=click.IntRange(2), default=10, show_default=True, help="Rollouts per neighbour."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
-@report_options
-def spot(draws: int, seed: int, json_path: Path | None) -> None:
-    """What training on the worker that idles costs the one that still decodes."""
-    from rollout_spec.benchmarks.spot import Free, start_ray
-
-    start_ray()
-    results = Free(draws, seed).run()
-    dummy = results["step_time_with_training_over"]["local"]
-    used = results["used_share"]
-    checks = [
-        Check("idle time used for training", round(used, 3), ">= 0.7", used >= 0.7),
-        Check("step time over that beside cache-local work", round(dummy, 3), "<= 1.02", dummy <= 1.02),
-    ]
-    finish(
-        Report("bench spot", results, checks, evidence_level=EvidenceLevel.L1, seed=seed),
-        json_path,
-        Console(),
-    )
-
-
 @command.command("longtail")
 @click.option(
     "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."
@@ -158,7 +139,13 @@ def longtail(size: str, batch: tuple[str, ...], draws: int, seed: int, json_path
 @click.option(
     "--size", type=click.Choice(SIZES), default="100m", show_default=True, help="Of the shipped policy."
 )
-@click.option("--pairs", type=click.IntRange(3), default=15, show_default=True, help="Pairs per batch size.")
+@click.option(
+    "--pairs",
+    type=click.IntRange(3),
+    default=9,
+    show_default=True,
+    help="Comparisons per batch size, at least.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
 @report_options
 def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> None:
@@ -194,38 +181,135 @@ def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> No
     finish(Report("bench never-slower", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
 
 
+_VLLM_PARTS = ("never-slower", "overhead", "single", "long-tail-8", "long-tail-32")
+
+
 @command.command("vllm")
 @click.option(
     "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."
 )
 @click.option("--pairs", type=click.IntRange(3), default=9, show_default=True, help="Rounds per ratio.")
 @click.option(
-    "--only", type=click.Choice(("never-slower", "alternatives")), default=None, help="Run this part only."
+    "--only", type=click.Choice(_VLLM_PARTS), multiple=True, help="Run this part only; may be repeated."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
 @report_options
-def vllm(size: str, pairs: int, only: str | None, seed: int, json_path: Path | None) -> None:
+def vllm(size: str, pairs: int, only: tuple[str, ...], seed: int, json_path: Path | None) -> None:
     """vLLM with the plugin against vLLM as it comes, and against vLLM's own ways to speculate."""
     from rollout_spec.benchmarks.vllm import VllmBenchmark
 
     console = Console()
     benchmark = VllmBenchmark(expanded_policy(size), pairs, seed, console)
-    if only != "alternatives":
-        benchmark.never_slower()
-    if only != "never-slower":
-        benchmark.alternatives()
+    runs: dict[str, Callable[[], None]] = {
+        "never-slower": benchmark.never_slower,
+        "overhead": benchmark.overhead,
+        "single": benchmark.single,
+        "long-tail-8": lambda: benchmark.long_tail(8),
+        "long-tail-32": lambda: benchmark.long_tail(32),
+    }
+    for part in only or _VLLM_PARTS:
+        runs[part]()
+    benchmark.finish()
     checks = [
         Check(
             f"{name}, lower bound", row["lower_95"], f">= {row['target']}", row["lower_95"] >= row["target"]
         )
         for name, row in benchmark.ratios.items()
+        if row["target"] is not None
     ]
+    blocks = benchmark.notes["kv_blocks"]
+    equal = blocks["plugin"] == blocks["stock"]
+    checks.append(Check("KV blocks, plugin and stock", blocks["plugin"], str(blocks["stock"]), equal))
+    results = {
+        "model": f"shipped arithmetic policy, expanded to {size}",
+        "dtype": benchmark.dtype,
+        "drafter": benchmark.drafter,
+        "threads": torch.get_num_threads(),
+        "load_average_at_end": os.getloadavg()[0],
+        "ratios": benchmark.ratios,
+        "notes": benchmark.notes,
+    }
+    finish(Report("bench vllm", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
+
+
+@command.command("kernels")
+@click.option(
+    "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."
+)
+@click.option("--drafter", default=None, help="A kind of quantized drafter; default: the usual one here.")
+@click.option("--pairs", type=click.IntRange(1, 100), default=7, show_default=True, help="Pairs per ratio.")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), default=None, help="CPU threads; default: torch's own."
+)
+@click.option(
+    "--llama-python",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    default=None,
+    help="Python of an environment with llama-cpp-python and gguf, to compare with llama.cpp.",
+)
+@click.option("--only", multiple=True, help="Run only these parts.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
+@report_options
+def kernels(
+    size: str,
+    drafter: str | None,
+    pairs: int,
+    threads: int | None,
+    llama_python: Path | None,
+    only: tuple[str, ...],
+    seed: int,
+    json_path: Path | None,
+) -> None:
+    """Plain bf16 decoding on the CPU kernels against the memory and other engines, and what drafting adds to it.
+
+    Parts: bandwidth, verify, overhead, llama (with --llama-python), transformers, vllm, speculation, requantization.
+    """
+    from rollout_spec.benchmarks.kernels import REQUANTIZE_SECONDS, KernelBenchmark
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    drafter = drafter or usual_quantizer("cpu", torch.bfloat16)
+    benchmark = KernelBenchmark(expanded_policy(size), drafter, pairs, seed, console)
+    parts: dict[str, Callable[[], None]] = {
+        "bandwidth": benchmark.bandwidth,
+        "verify": benchmark.verify,
+        "overhead": benchmark.overhead,
+        "transformers": benchmark.against_transformers,
+        "vllm": benchmark.against_vllm,
+        "speculation": benchmark.speculation,
+        "requantization": benchmark.requantization,
+    }
+    if llama_python is not None:
+        parts["llama"] = lambda: benchmark.against_llama_cpp(llama_python)
+    unknown = [name for name in only if name not in parts]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r}: use one of {', '.join(parts)}", param_hint="--only")
+    for name, run in parts.items():
+        if not only or name in only:
+            run()
+    checks = []
+    for name, row in benchmark.ratios.items():
+        found = round(row["median_ratio"], 3)
+        if "at_most" in row:
+            checks.append(Check(name, found, f"<= {row['at_most']}", found <= row["at_most"]))
+        elif row["target"] is not None:
+            checks.append(Check(name, found, f">= {row['target']:.3g}", found >= row["target"]))
+    if "share_outside_kernels" in benchmark.notes:
+        share = benchmark.notes["share_outside_kernels"]
+        found, most = share["median"], share["at_most"]
+        checks.append(Check("share outside kernels", found, f"<= {most}", found <= most))
+    if "requantize_seconds" in benchmark.notes:
+        found = benchmark.notes["requantize_seconds"]
+        checks.append(
+            Check("re-quantizing, seconds", found, f"<= {REQUANTIZE_SECONDS}", found <= REQUANTIZE_SECONDS)
+        )
     results = {
         "model": f"shipped arithmetic policy, expanded to {size}",
         "ratios": benchmark.ratios,
         "notes": benchmark.notes,
     }
-    finish(Report("bench vllm", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
+    finish(Report("bench kernels", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
 
 
 def _table(ratios: dict[str, dict[str, Any]]) -> Table:

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import psutil
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,6 +22,7 @@ from rollout_spec.observe.machine import cpu_model, distribution_version
 from rollout_spec.observe.report import Check, Report, finish, report_options
 from rollout_spec.policy import price
 from rollout_spec.policy.devices import DEVICES, NF4_BITS, ModelShape
+from rollout_spec.vllm_backend.fast_paths import ASYNCHRONOUS, FULL_GRAPHS, V2_DRAFTS_SINCE, given_up
 
 LEAST_FREE_GIB = 2.0
 LEAST_GAIN = 1.02  # below it a gain is not worth a mention
@@ -101,13 +103,24 @@ def runtime_rows() -> Iterator[Row]:
         yield Row("memory", Status.OK, found)
 
 
+def _kernels() -> Row:
+    """Which CPU kernels would be used; says so without building them."""
+    from rollout_spec.kernels.build import Unavailable, variant
+
+    try:
+        return Row("CPU kernels", Status.OK, f"{variant()}, built on first use")
+    except Unavailable as reason:
+        return Row("CPU kernels", Status.MISSING, "torch's own are used", str(reason))
+
+
 def hardware_rows() -> Iterator[Row]:
     """The CPU features the kernels use, and CUDA devices."""
     import torch
 
     model, features = cpu_model()
     yield Row("CPU", Status.OK, f"{model}, {psutil.cpu_count(logical=False)} cores")
-    emulated = "bf16 is emulated: use dtype=float32 and int8 drafters"
+    yield _kernels()
+    emulated = "without this project's kernels bf16 is emulated: use dtype=float32 and int8 drafters"
     for name, kinds, remedy in (
         ("bf16 products", ("avx512_bf16", "amx_bf16"), emulated),
         ("int8 products", ("avx512_vnni", "avx_vnni", "amx_int8"), "nothing; int8 drafters run, slower"),
@@ -150,13 +163,29 @@ def drafter_rows() -> Iterator[Row]:
 
 def integration_rows() -> Iterator[Row]:
     """vLLM, verl, Ray and TRL."""
-    verl, trl = VERL.row(), TRL.row()
-    yield from (VLLM.row(), verl, RAY.row())
+    vllm, verl, trl = VLLM.row(), VERL.row(), TRL.row()
+    yield vllm
+    if vllm.status is Status.OK:
+        yield from fast_path_rows(vllm.found)
+    yield from (verl, RAY.row())
     if trl.status is Status.OK and verl.status is Status.OK:
         remedy = "give TRL an environment of its own"
         yield Row("TRL", Status.REFUSED, f"{trl.found}, which breaks an import of verl", remedy)
     else:
         yield trl
+
+
+def fast_path_rows(release: str) -> Iterator[Row]:
+    """What vLLM keeps on GPUs beside the self-drafter, and beside its own n-grams; nothing is started."""
+    newer = Version(release) >= Version(V2_DRAFTS_SINCE)
+    lost = given_up("draft_model", v2_runner=newer, varying=True)
+    for path in (ASYNCHRONOUS, FULL_GRAPHS):
+        name = f"vLLM, {path}"
+        if path in lost:
+            yield Row(name, Status.REFUSED, "not beside the self-drafter", lost[path])
+        else:
+            ngram = given_up("ngram", v2_runner=newer, varying=True).get(path, "")
+            yield Row(name, Status.OK, "kept beside the self-drafter", ngram)
 
 
 def model_row(path: Path) -> Row:

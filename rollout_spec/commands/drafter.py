@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +18,17 @@ from rollout_spec.adaptive.acceptance import Acceptance, measure
 from rollout_spec.adaptive.checkpoint import Checkpointer, read_checkpoint
 from rollout_spec.adaptive.export import LAYOUTS, export
 from rollout_spec.adaptive.losses import Objective
-from rollout_spec.adaptive.module import TargetTensors
-from rollout_spec.adaptive.offline import CurvePoint, Trained, episodes_of, new_trainer, roll_out, train
+from rollout_spec.adaptive.module import EagleModule, TargetTensors
+from rollout_spec.adaptive.offline import (
+    CurvePoint,
+    Trained,
+    decode,
+    drafting_only,
+    episodes_of,
+    new_trainer,
+    roll_out,
+    train,
+)
 from rollout_spec.adaptive.packing import EpisodeBatches
 from rollout_spec.adaptive.trainer import StepMetrics, TrainConfig
 from rollout_spec.adaptive.vocabulary import choose_draft_tokens
@@ -25,14 +36,17 @@ from rollout_spec.contracts import SamplingParams, invalid
 from rollout_spec.drafters.eagle_spec import KINDS, EagleSpec
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import load_problems
+from rollout_spec.observe.machine import BF16_FEATURES, cpu_model
 from rollout_spec.observe.report import EvidenceLevel, Report, finish, report_options
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
-_OBJECTIVES = {
-    "kl": Objective(),
-    "tv": Objective(kl=0.1, tv=1.0),
-    "eagle": Objective(feature=1.0, kl=0.1),
+_TV = Objective(kl=0.1, tv=1.0)
+_OBJECTIVES: dict[str, tuple[Objective, Objective | None]] = {
+    "kl": (Objective(), None),
+    "kl-tv": (Objective(), _TV),
+    "tv": (_TV, None),
+    "eagle": (Objective(feature=1.0, kl=0.1), None),
 }
 
 
@@ -60,6 +74,20 @@ def command() -> None:
 @click.option(
     "--unroll", type=click.IntRange(1), default=5, show_default=True, help="Draft length trained for."
 )
+@click.option(
+    "--first-unroll",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Of the first steps; it rises.",
+)
+@click.option(
+    "--decoded",
+    type=click.IntRange(0),
+    default=400,
+    show_default=True,
+    help="New prompts decoded with the drafter at the end, to count what is accepted.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads; default: torch's own.")
 @click.option("--png", type=_FILE, help="Draw loss and acceptance here; needs matplotlib.")
@@ -79,6 +107,8 @@ def train_command(
     batch_tokens: int,
     learning_rate: float,
     unroll: int,
+    first_unroll: int,
+    decoded: int,
     seed: int,
     threads: int | None,
     png: Path | None,
@@ -96,18 +126,24 @@ def train_command(
         warmup_steps=warmup,
         total_steps=steps,
         unroll=unroll,
+        first_unroll=min(first_unroll, unroll),
         row_tokens=192,
-        objective=_OBJECTIVES[objective],
+        objective=_OBJECTIVES[objective][0],
+        last_objective=_OBJECTIVES[objective][1],
         seed=seed,
     )
-    console = Console()
+    console, began = Console(), time.perf_counter()
     engine = _engine(model)
     texts = _prompts(prompts, count, seed, "train")
     held = max(1, len(texts) // 20)
+    clock = {"start": time.perf_counter() - began}
+    began = time.perf_counter()
     console.print(f"rolling out {len(texts)} prompts", highlight=False)
     spec = EagleSpec.for_target(engine.backend.spec, kind)
     target = engine.backend.weights.target
     completions = engine.generate(texts, SamplingParams(n=n, max_tokens=max_tokens, seed=seed))
+    clock["rollouts"] = time.perf_counter() - began
+    began = time.perf_counter()
     tokens = None
     if coverage is not None:
         drawn = torch.tensor([token for c in completions for token in c.token_ids])
@@ -117,6 +153,7 @@ def train_command(
     episodes = episodes_of(target, spec, completions)
     held_out, taught = episodes[: held * n], episodes[held * n :]
     trainer = new_trainer(target, spec, config, tokens)
+    clock["features"] = time.perf_counter() - began
 
     def progress(metrics: StepMetrics, point: CurvePoint | None) -> None:
         if point is not None:
@@ -129,14 +166,25 @@ def train_command(
 
     batches = EpisodeBatches(taught, batch_tokens, seed=seed)
     seconds = None if minutes is None else 60 * minutes
+    began = time.perf_counter()
     done = train(trainer, batches, held_out, steps, seconds=seconds, progress=progress)
+    clock["training"] = time.perf_counter() - began
     saver = Checkpointer(out)
     folder = saver.save(trainer, extra=batches.state_dict()).result()
     saver.close()
     console.print(f"saved in {folder}", highlight=False)
     if png is not None:
         draw(done, png)
-    results = {"checkpoint": str(folder), "spec": spec.to_dict(), "config": asdict(config), **done.to_dict()}
+    new = texts[:held] if prompts is not None else _prompts(None, decoded, seed, "test")
+    results = {
+        "checkpoint": str(folder),
+        "spec": spec.to_dict(),
+        "config": asdict(config),
+        "seconds": clock,
+        "sampled_tokens": sum(len(c.token_ids) for c in completions),
+        "decoded": _decoded(model, trainer.module, new[:decoded], max_tokens, unroll, seed, console),
+        **done.to_dict(),
+    }
     finish(Report("drafter train", results, evidence_level=EvidenceLevel.L1, seed=seed), json_path, console)
 
 
@@ -161,7 +209,7 @@ def eval_command(
     threads: int | None,
     json_path: Path | None,
 ) -> None:
-    """What the drafter of CHECKPOINT would be accepted with on new rollouts of MODEL, at temperature 1."""
+    """What the drafter of CHECKPOINT is accepted with on new rollouts of MODEL, at temperature 1: computed, and decoded."""
     _threads(threads)
     saved, engine = read_checkpoint(checkpoint), _engine(model)
     texts = _prompts(prompts, count, seed, "test")
@@ -172,9 +220,9 @@ def eval_command(
     shares = ", ".join(f"{share:.3f}" for share in found.alpha)
     console.print(f"alpha by step: {shares}\ntau at K={draft_length}: {found.tau:.3f} by rejection sampling, "
                   f"{found.tau_coupled:.3f} coupled; {found.tokens} tokens", highlight=False)  # fmt: skip
-    finish(
-        Report("drafter eval", asdict(found), evidence_level=EvidenceLevel.L1, seed=seed), json_path, console
-    )
+    decoded = _decoded(model, saved.module(), texts, max_tokens, draft_length, seed, console)
+    results = asdict(found) | {"draft_length": draft_length, "decoded": decoded}
+    finish(Report("drafter eval", results, evidence_level=EvidenceLevel.L1, seed=seed), json_path, console)
 
 
 @command.command("export")
@@ -232,10 +280,34 @@ def draw(done: Trained, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _engine(model: Path) -> RolloutEngine:
-    return RolloutEngine.from_pretrained(
-        model, speculation={"drafter": "none", "verifier": "rejection", "history": False}
-    )
+def _engine(model: Path, **speculation: Any) -> RolloutEngine:
+    options = {"drafter": "none", "verifier": "rejection", "history": False} | speculation
+    emulated = not torch.cuda.is_available() and BF16_FEATURES.isdisjoint(cpu_model()[1])
+    return RolloutEngine.from_pretrained(model, dtype="float32" if emulated else "auto", speculation=options)
+
+
+def _decoded(
+    model: Path,
+    module: EagleModule,
+    prompts: Sequence[str | list[int]],
+    max_tokens: int,
+    draft_length: int,
+    seed: int,
+    console: Console,
+) -> dict[str, Any]:
+    """What is accepted when an engine really drafts `draft_length` tokens in every pass, under both verifiers."""
+    found: dict[str, Any] = {}
+    for verifier in ("rejection", "coupled") if prompts else ():
+        engine = _engine(model, **drafting_only(draft_length, verifier))
+        spec = decode(engine, module, prompts, SamplingParams(max_tokens=max_tokens, seed=seed + 1))
+        found[verifier] = {
+            "tau": spec.tau,
+            "accepted_share_of_drafts": spec.acceptance,
+            "verifications": spec.verify_steps,
+            "prompts": len(prompts),
+        }
+        console.print(f"decoded, {verifier}: tau {spec.tau:.3f} at K={draft_length}", highlight=False)
+    return found
 
 
 def _prompts(file: Path | None, count: int, seed: int, split: str) -> list[str | list[int]]:

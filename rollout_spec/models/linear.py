@@ -1,7 +1,7 @@
 """Linear layers y = x W^T + b, and the choice of kernel per device.
 
 A trajectory can only be the same with and without speculation if a row's result does not depend on how many rows
-share its forward pass. `row_invariant` says whether a layer promises that, bit for bit.
+share its forward pass. `row_invariant` says whether a layer promises that, bit for bit, from `min_rows` rows up.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rollout_spec.kernels.library import Kernels, kernels
+
 
 class Linear(Protocol):
     """A linear layer, however its weight is stored."""
 
     row_invariant: bool
+    min_rows: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map x[R, K] to [R, N] in x's dtype."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The weight [N, K]."""
         ...
 
 
@@ -27,6 +34,7 @@ class PlainLinear:
     """`F.linear` on an ordinary weight[N, K]; the kernel may change with the number of rows."""
 
     row_invariant = False
+    min_rows = 4  # fewer take another path in stock CPU kernels
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
@@ -37,6 +45,27 @@ class PlainLinear:
     def dense(self) -> Tensor:
         """The weight [N, K]."""
         return self.weight
+
+
+class KernelLinear:
+    """This project's own CPU kernel for bfloat16, at the memory's speed for few rows; row-invariant by its order of sums.
+
+    Keeps the packed weight only.
+    """
+
+    row_invariant = True
+    min_rows = 1
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
+        self._shape = (weight.shape[0], weight.shape[1])
+        self._kernels, self._packed, self.bias = kernels, kernels.pack_bf16(weight), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._kernels.bf16_linear(x, self._packed, self._shape[0], self.bias)
+
+    def dense(self) -> Tensor:
+        """The weight [N, K] that was packed, unpacked into new memory."""
+        return self._kernels.unpack_bf16(self._packed, self._shape)
 
 
 class PackedLinear:
@@ -79,4 +108,6 @@ def make_linear(weight: Tensor, bias: Tensor | None = None, device: torch.device
     """The best linear layer for weight[N, K] and bias[N] on `device`: packed on CPUs, plain elsewhere."""
     weight = weight.to(device)
     bias = None if bias is None else bias.to(device)
+    if weight.is_cpu and weight.dtype == torch.bfloat16 and (own := kernels()) is not None:
+        return KernelLinear(weight, bias, own)
     return (PackedLinear if can_pack(device, weight.dtype) else PlainLinear)(weight, bias)

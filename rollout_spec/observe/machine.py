@@ -19,6 +19,9 @@ CPU_FEATURES = (
     "amx_bf16",
     "amx_int8",
 )
+BF16_FEATURES = frozenset(
+    {"avx512_bf16", "amx_bf16"}
+)  # products of bfloat16 without any of them are emulated
 DISTRIBUTIONS = {
     "torch": ("torch",),
     "transformers": ("transformers",),

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rollout_spec.kernels.library import Kernels
 from rollout_spec.torch_backend.kv_cache import KVCache
 
 _LONG_CONTEXT = 1024  # tokens of all sequences together, from where plain products beat the stock CPU kernel
@@ -32,7 +33,8 @@ class Rows:
     Attributes:
         kv_rows: Where each row's key and value go, flat cache rows `[R * kv_heads]`.
         tables: Block tables `[B, blocks]`, padded with the scratch block.
-        mask: Added to the scores: 0, or -inf where a query must not look, float32 `[B, S, blocks * block_size]`.
+        mask: Added to the scores: 0, or -inf where a query must not look, float32 `[B, S, blocks * block_size]`. What it
+            leaves of the context is one stretch.
         scatter: For ragged rows, the place of row r in the `B * S` grid `[R]`; padding rows point past its end.
     """
 
@@ -73,9 +75,14 @@ class PagedAttention:
 
     def __init__(self, cache: KVCache, rows: Rows, *, drafting: bool = False) -> None:
         self.cache, self.rows, self.drafting = cache, rows, drafting
+        self._kernels = cache.kernels()
+        if self._kernels is not None:
+            self._seen = _seen(rows)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.cache.store(layer, self.rows.kv_rows, k, v)
+        if self._kernels is not None:
+            return self._own(self._kernels, layer, q)
         batch, queries = self.rows.grid
         count, heads, head_dim = q.shape
         if self.rows.scatter is not None:
@@ -90,12 +97,30 @@ class PagedAttention:
             return F.pad(out, (0, 0, 0, 1)).index_select(0, self.rows.scatter)
         return out if len(out) == count else F.pad(out, (0, 0, 0, count - len(out)))
 
+    def _own(self, kernels: Kernels, layer: int, q: Tensor) -> Tensor:
+        seen = self._seen
+        if short := len(q) - len(seen[0]):  # padding rows without a place in the grid
+            seen = tuple(F.pad(x, (0, short)) for x in seen)
+        return kernels.attention(q, self.cache.keys[layer], self.cache.values[layer], self.rows.tables, *seen)
+
     def _kernel(self, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Rows], Tensor]:
         if q.is_cuda:
             return _stock
         if not self.drafting:
             return _fixed_order
         return _stock if self.rows.tables.numel() * self.cache.block_size < _LONG_CONTEXT else _free_order
+
+
+def _seen(rows: Rows) -> tuple[Tensor, ...]:
+    """Of every row: the line of its table, the first entry it sees, and the one behind the last (padding sees none)."""
+    batch, queries = rows.grid
+    visible = rows.mask == 0
+    first = visible.to(torch.uint8).argmax(-1).flatten()
+    seen = torch.arange(batch).repeat_interleave(queries), first, first + visible.sum(-1).flatten()
+    if rows.scatter is None:
+        return seen
+    place = rows.scatter.clamp_max(batch * queries)
+    return tuple(F.pad(x, (0, 1))[place] for x in seen)
 
 
 def _weights(q: Tensor, keys: Tensor, rows: Rows) -> Tensor:

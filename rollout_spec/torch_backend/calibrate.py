@@ -18,6 +18,7 @@ import torch
 from rollout_spec.contracts import SamplingParams
 from rollout_spec.drafters.guard import DrafterGuard
 from rollout_spec.drafters.history import History
+from rollout_spec.kernels.library import kernels
 from rollout_spec.observe.machine import cpu_model, installed_versions
 from rollout_spec.policy.baselines import Off, Stateless
 from rollout_spec.policy.cost_model import TARGET
@@ -66,6 +67,7 @@ def calibration_key(backend: TorchBackend) -> dict[str, Any]:
         "drafter": drafter.name if drafter is not None else None,
         "verifier": "coupled" if backend.coupled else "rejection",
         **({} if backend.graphs is None else {"graphs": True}),
+        **({} if on_gpu or (own := kernels()) is None else {"kernels": own.variant}),
         "versions": {
             n: v for n, v in installed_versions().items() if n in ("torch", "rollout-spec", "bitsandbytes")
         },

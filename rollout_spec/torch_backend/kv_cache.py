@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rollout_spec.contracts import invalid
+from rollout_spec.kernels.library import Kernels, kernels
 
 
 class OutOfBlocks(Exception):
@@ -101,8 +102,16 @@ class KVCache:
 
     def store(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values `[R, kv_heads, head_dim]` at flat `rows [R * kv_heads]`."""
+        if (own := self.kernels()) is not None:
+            own.store_entries(keys, values, rows, self.keys[layer], self.values[layer])
+            return
         for cache, new in ((self.keys, keys), (self.values, values)):
             cache[layer].view(-1, self.head_dim).index_copy_(0, rows, new.reshape(-1, self.head_dim))
+
+    def kernels(self) -> Kernels | None:
+        """This project's kernels, where they can read this cache."""
+        fits = self._device.type == "cpu" and self.head_dim % 16 == 0
+        return kernels() if fits and self._dtype in (torch.float32, torch.bfloat16) else None
 
     def copy_block(self, source: int, destination: int) -> None:
         for cache in (self.keys, self.values):

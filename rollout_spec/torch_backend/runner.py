@@ -16,8 +16,6 @@ from rollout_spec.torch_backend.kv_cache import KVCache
 from rollout_spec.torch_backend.scheduler import PrefillChunk
 from rollout_spec.torch_backend.slots import Slots
 
-_MIN_ROWS = 4  # stock CPU linears take another code path below (a row's bits would depend on the batch)
-
 
 @dataclass(frozen=True)
 class Block:
@@ -141,7 +139,7 @@ class Runner:
         if cells is not None:
             ids, positions, kv_rows = ids[cells], positions[cells], kv_rows[cells]
         rows, place = len(ids), cells
-        pad = _MIN_ROWS - rows
+        pad = self._least_rows - rows
         if pad > 0 and model is self.target:
             ids, positions = (torch.cat((x, x.new_zeros(pad))) for x in (ids, positions))
             kv_rows = torch.cat((kv_rows.flatten(), self._sink_rows(pad)))
@@ -159,7 +157,7 @@ class Runner:
     ) -> Tensor:
         """Hidden states of the `valid` entries of a `[B, S]` grid, row by row, then padding rows."""
         place = np.flatnonzero(valid)
-        pad = max(0, _MIN_ROWS - len(place))
+        pad = max(0, self._least_rows - len(place))
         grid_positions = self._device(positions)
         index = self._device(place)
         kv_rows = (
@@ -176,6 +174,10 @@ class Runner:
             kv_rows, tables, causal_mask(grid_positions, tables.shape[1] * self.cache.block_size), index
         )
         return self._hidden(model, ids, flat, self._attention(model, rows))
+
+    @property
+    def _least_rows(self) -> int:
+        return self.target.weights.lm_head.min_rows
 
     def _hidden(self, model: Decoder, ids: Tensor, positions: Tensor, attention: PagedAttention) -> Tensor:
         if self.features is None or model is not self.target:

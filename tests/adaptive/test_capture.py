@@ -46,7 +46,7 @@ def publish(engine, layers):
 
 def captured(engine, layers=(), budget=1 << 24):
     buffer = EpisodeBuffer(budget)
-    return FeatureCapture(engine, buffer, layers), buffer
+    return FeatureCapture(engine, buffer.add, layers), buffer
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -140,3 +140,27 @@ def test_the_rate_warms_up_and_falls():
 def test_options_without_sense_are_refused(options):
     with pytest.raises(InvalidRequest, match=next(iter(options))):
         TrainConfig(**options)
+
+
+def test_unrolling_rises_to_its_length_and_stays():
+    config = TrainConfig(unroll=4, first_unroll=1, total_steps=100, warmup_steps=5)
+    lengths = [config.unrolled(step) for step in range(120)]
+    assert lengths[0] == 1 and lengths == sorted(lengths) and lengths[75:] == [4] * 45
+    assert [lengths.count(n) for n in (1, 2, 3)] == [25, 25, 25]
+    assert (
+        TrainConfig(unroll=3).unrolled(0)
+        == TrainConfig(unroll=3, first_unroll=3, total_steps=90).unrolled(0)
+        == 3
+    )
+    trainer = make_trainer(config=replace(CONFIG, first_unroll=1, total_steps=8, warmup_steps=2))
+    episodes = make_episodes(trainer.module.spec)
+    assert [len(trainer.step(episodes).alpha) for _ in range(8)] == [1] * 6 + [2] * 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"first_unroll": 0, "total_steps": 90}, {"first_unroll": 6, "total_steps": 90}, {"first_unroll": 1}],
+)
+def test_a_first_unrolling_that_cannot_rise_is_refused(options):
+    with pytest.raises(InvalidRequest, match="first_unroll"):
+        TrainConfig(**options)

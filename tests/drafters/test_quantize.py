@@ -17,11 +17,12 @@ from rollout_spec.drafters.quantize import (
     get_quantizer,
     time_quantizers,
 )
-from rollout_spec.drafters.quantizers import base, int8, nf4
+from rollout_spec.drafters.quantizers import base, int8, kernel, nf4
 from rollout_spec.drafters.quantizers.base import relative_error
 from rollout_spec.drafters.quantizers.int4 import Int4Linear
 from rollout_spec.drafters.quantizers.int8 import Int8Linear
 from rollout_spec.drafters.quantizers.nf4 import Nf4Linear
+from rollout_spec.models import linear
 
 ERROR = {4: 0.11, 8: 0.015 if int8.activation_levels() == 127 else 0.03, 16: 0.006}
 SHAPES = [(512, 256), (96, 704), (50, 100), (1000, 65), (1, 640), (33, 1), (320, 1024)]
@@ -32,16 +33,29 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def quantizer(name: str):
+def quantizer(name: str, own: bool = False):
+    """The kind, on this project's kernel or on the stock one."""
+    base._probe.cache_clear()
     reason = QUANTIZERS[name].unavailable("cpu", torch.bfloat16)
     if reason is not None:
+        assert not own, reason
         pytest.skip(f"{name} {reason}")
     return QUANTIZERS[name]
 
 
-@pytest.fixture(params=sorted(QUANTIZERS))
-def kind(request):
-    return quantizer(request.param)
+@pytest.fixture
+def stock(monkeypatch):
+    """A machine without a compiler."""
+    monkeypatch.setattr(kernel, "kernels", lambda: None)
+    monkeypatch.setattr(linear, "kernels", lambda: None)
+
+
+@pytest.fixture(params=[(name, own) for name in sorted(QUANTIZERS) for own in (True, False)], ids=str)
+def kind(request, monkeypatch):
+    name, own = request.param
+    if not own:
+        request.getfixturevalue("stock")
+    return quantizer(name, own)
 
 
 def bits_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
@@ -174,7 +188,7 @@ def test_payload_is_as_small_as_its_bits_say(kind):
 
 
 @pytest.mark.parametrize("name", ["nf4", "int4", "int8"])
-def test_blocks_of_rows_do_not_change_the_result(name, monkeypatch):
+def test_blocks_of_rows_do_not_change_the_result(name, monkeypatch, stock):
     weight = gaussian(330, 256)
     whole = quantizer(name).quantize(weight)
     monkeypatch.setattr(base, "CPU_BLOCK_ELEMENTS", 1)
@@ -183,7 +197,7 @@ def test_blocks_of_rows_do_not_change_the_result(name, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(32, 64), (640, 704), (6144, 128)])
-def test_nf4_bytes_equal_those_of_bitsandbytes(shape, dtype):
+def test_nf4_bytes_equal_those_of_bitsandbytes(shape, dtype, stock):
     layer = quantizer("nf4")
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = gaussian(*shape).to(dtype)
@@ -207,7 +221,7 @@ def test_nf4_codes_on_and_around_every_boundary():
     assert torch.equal(nf4._codes(values).long(), torch.bucketize(values, boundaries))
 
 
-def test_int4_rounds_to_the_nearest_of_sixteen_levels():
+def test_int4_rounds_to_the_nearest_of_sixteen_levels(stock):
     weight = gaussian(64, 128)
     layer = quantizer("int4").quantize(weight)
     assert isinstance(layer, Int4Linear)
@@ -227,14 +241,14 @@ def test_layers_for_cuda_run_on_cpu_too(layer_type, rows):
     assert relative_error(y - bias, x @ layer.dequantized().t()) < 0.015
 
 
-def test_int8_without_vnni_uses_fewer_activation_levels(monkeypatch):
+def test_int8_without_vnni_uses_fewer_activation_levels(monkeypatch, stock):
     layer = quantizer("int8").quantize(gaussian(64, 256))
     monkeypatch.setattr(int8, "activation_levels", lambda: 63)
     x = gaussian(4, 256, seed=1)
     assert relative_error(layer(x), x @ layer.dequantized().t()) < 0.03
 
 
-def test_int8_falls_back_when_pytorch_drops_quantized_tensors(monkeypatch):
+def test_int8_falls_back_when_pytorch_drops_quantized_tensors(monkeypatch, stock):
     monkeypatch.setattr(int8, "_fbgemm", lambda: False)
     assert isinstance(QUANTIZERS["int8"].quantize(gaussian(32, 64)), Int8Linear)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
@@ -273,7 +287,7 @@ def test_every_kind_states_a_reason_where_it_cannot_run():
             assert "CUDA" in kind.unavailable("cuda", torch.float32), name
 
 
-def test_missing_bitsandbytes_is_reported(monkeypatch):
+def test_missing_bitsandbytes_is_reported(monkeypatch, stock):
     def fails():
         raise ImportError("no such module")
 

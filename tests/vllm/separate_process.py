@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 
-from small_engines import POLICY, policy_prompts  # isort: skip
+from small_engines import DRAFTER, POLICY, policy_prompts  # isort: skip
 from safetensors.torch import load_file
 
 from rollout_spec import RolloutEngine, SamplingParams
@@ -36,7 +36,7 @@ def main(folder: str, version: int) -> None:
         max_model_len=256,
         max_num_seqs=32,
         kv_cache_bytes=64 << 20,
-        speculation={"drafter": "nf4", "draft_length": 4, "verifier": "coupled"},
+        speculation={"drafter": DRAFTER, "draft_length": 4, "verifier": "coupled"},
         vllm={"enforce_eager": True},
     )
     prompts, ids = policy_prompts(4), [f"r{i}" for i in range(4)]

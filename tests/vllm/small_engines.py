@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.example_policy import example_folder, load_problems
 
+DRAFTER = usual_quantizer("cpu", torch.float32)  # for tests that do not care which
 POLICY = str(example_folder() / "policy")
 
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from rollout_spec.integrations.vllm.decisions import WATCH_TOKENS, Decision, Decisions, Live, Verified
+from rollout_spec.integrations.vllm import decisions as decisions_module
+from rollout_spec.integrations.vllm.decisions import WATCH_TOKENS, Decision, Decisions, Ended, Live, Verified
 from rollout_spec.integrations.vllm.online_calibration import STEPS, SelfCalibrating, StepTiming
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off, RandomLengths, Stateless
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 from rollout_spec.policy.records import PassTiming, Plan, Reason, StepOutcome, StepState
+
+
+@pytest.fixture(autouse=True)
+def ticks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock by which a decision takes `ticks.seconds`, however busy the machine is."""
+    given = SimpleNamespace(seconds=1e-6)
+    count = itertools.count()
+    monkeypatch.setattr(
+        decisions_module, "time", SimpleNamespace(perf_counter=lambda: given.seconds * next(count))
+    )
+    return given
 
 
 class Recording(Stateless):
@@ -63,7 +78,8 @@ def test_the_policy_hears_of_the_pass_it_planned() -> None:
     assert plan.draft_lengths.tolist() == [4, 3] and plan.drafter == "nf4"
     assert outcome.accepted.tolist() == [0, 3] and outcome.emitted.tolist() == [1, 4]
     assert outcome.finished.tolist() == [False, True]
-    assert outcome.seconds == pytest.approx(0.02)
+    assert outcome.draft_seconds + outcome.target_seconds == pytest.approx(0.02)
+    assert outcome.decision_seconds == decisions.looking > 0
 
 
 def test_steps_that_did_something_else_teach_nothing() -> None:
@@ -124,18 +140,22 @@ def make(costs: CostModel) -> AutomaticPolicy:
     return AutomaticPolicy(costs, longest=8, ragged=False)
 
 
-def run(decisions: Decisions, batch: int, steps: int, noise: float = 0.0, seed: int = 0) -> list[int]:
-    """Requests that never end, drafts accepted with 0.9 each; K of every step."""
+def run(
+    decisions: Decisions, batch: int, steps: int, noise: float = 0.0, seed: int = 0, slower: float = 1.0
+) -> list[int]:
+    """Requests that never end, drafts accepted with 0.9 each; K of every step. As the scheduler does, steps that
+    verify nothing may rest."""
     rng = np.random.default_rng(seed)
     chosen, before, length = [], Decision(0), 100
     for _ in range(steps):
-        now = decisions.decide([Live(f"r{batch}.{i}", length, 50, 10_000) for i in range(batch)], 0)
+        now = None if before.draft_length else decisions.rest(batch)
+        now = now or decisions.decide([Live(f"r{batch}.{i}", length, 50, 10_000) for i in range(batch)], 0)
         drafted = before.draft_length
         accepted = [next((j for j in range(drafted) if rng.random() > 0.9), drafted) for _ in range(batch)]
         verified = [Verified(f"r{batch}.{i}", drafted, 1 + n, False) for i, n in enumerate(accepted)]
         seconds = true_seconds(batch, batch * drafted, now.draft_length, batch * length)
-        seconds *= float(np.exp(noise * rng.standard_normal()))
-        decisions.observe(before, now, verified, seconds, True)
+        seconds *= slower * float(np.exp(noise * rng.standard_normal()))
+        decisions.observe(before, now, () if before.state is None else verified, seconds, True)
         chosen.append(now.draft_length)
         before = now
     return chosen
@@ -201,3 +221,98 @@ def test_whole_steps_are_enough_to_correct_both_costs() -> None:
 def test_off_asks_nobody() -> None:
     decisions = Decisions(Off(), "nf4", range(5))
     assert set(run(decisions, 4, 20)) == {0} and decisions.reasons == {Reason.OFF: 20}
+
+
+# --- rests ---------------------------------------------------------------------------------------------------------
+
+DEAR = CostModel({TARGET: TRUE.passes[TARGET], "nf4": PassCost(2e-2, 1e-4, 1e-2, 1e-4, 1e-8)})
+
+
+class TestRests:
+    """Where drafting does not pay, steps cost nothing but counters, and what has to be known is still learnt."""
+
+    @pytest.fixture
+    def policy(self, monkeypatch: pytest.MonkeyPatch) -> AutomaticPolicy:
+        policy = make(DEAR)
+        self.asked: list[StepState] = []
+        plan = policy.plan
+
+        def asking(state: StepState) -> Plan:
+            self.asked.append(state)
+            return plan(state)
+
+        monkeypatch.setattr(policy, "plan", asking)
+        return policy
+
+    def test_most_steps_rest_and_every_one_is_counted(self, policy: AutomaticPolicy) -> None:
+        decisions = Decisions(policy, "nf4", range(9))
+        assert set(run(decisions, 4, 400)) == {0}
+        looked = sum(1 for state in self.asked if state.lengths.any())
+        assert len(self.asked) == 400 and looked < 120
+        assert decisions.reasons == {Reason.NOT_WORTH: 400} and decisions.draft_lengths == {0: 400}
+
+    def test_what_plain_steps_cost_now_is_learnt_from_the_last_of_a_rest(
+        self, policy: AutomaticPolicy
+    ) -> None:
+        decisions = Decisions(policy, "nf4", range(9))
+        run(decisions, 4, 400, slower=1.5)
+        assert policy.costs.target(4, 4, 400) == pytest.approx(1.5 * TRUE.target(4, 4, 400), rel=0.02)
+
+    def test_dear_decisions_make_for_longer_rests(
+        self, policy: AutomaticPolicy, ticks: SimpleNamespace
+    ) -> None:
+        looks = []
+        for ticks.seconds in (1e-6, 1e-3):
+            self.asked.clear()
+            run(Decisions(policy, "nf4", range(9)), 4, 900)
+            assert policy.deciding == pytest.approx(ticks.seconds, rel=0.4)
+            looks.append(sum(1 for state in self.asked[600:] if state.lengths.any()))
+        assert looks[1] < 0.2 * looks[0]
+
+    def test_a_new_batch_size_ends_a_rest(self, policy: AutomaticPolicy) -> None:
+        decisions = Decisions(policy, "nf4", range(9))
+        run(decisions, 4, 50)
+        while decisions.rest(4) is None:
+            decisions.decide(live("a", "b", "c", "d"), 0)
+        assert decisions.rest(16) is None
+
+    def test_lengths_of_what_ends_in_a_rest_are_kept(self, policy: AutomaticPolicy) -> None:
+        decisions = Decisions(policy, "nf4", range(9))
+        decisions.decide(live("a", "b"), 0)
+        decisions.ended([Ended("a", 70, False), Ended("unseen", 90, True)])
+        seen = policy.lengths._finished
+        assert seen.tolist() == [70.0, np.inf]
+        costs = policy.costs.target(2, 2, 60)
+        assert costs == TRUE.target(2, 2, 60)  # no time was taken from it
+        decisions.decide(live("c", "b"), 0)
+        assert self.asked[-1].slots.tolist() in ([0, 1], [2, 1])  # the slot of one that ended is free again
+
+    def test_a_drafter_set_aside_is_not_asked_about(self, policy: AutomaticPolicy) -> None:
+        decisions = Decisions(policy, "nf4", range(9))
+        decisions.set_aside = "on purpose"
+        assert set(run(decisions, 4, 30)) == {0} and not self.asked
+        assert decisions.reasons == {Reason.NO_DRAFTER: 30}
+
+    def test_costs_that_are_not_known_leave_no_rest(self) -> None:
+        calibrating = SelfCalibrating("nf4", make, 8)
+        assert calibrating.looks(4)
+        run(Decisions(calibrating, "nf4", range(9)), 4, STEPS + 5)
+        assert calibrating.looks(64)
+        calibrating.policy = make(DEAR)
+        run(Decisions(calibrating, "nf4", range(9)), 4, 50)
+        looks = []
+        for _ in range(12):
+            calibrating.plan(state(4))
+            looks.append(calibrating.looks(4))
+        assert set(looks) == {True, False}
+
+
+def test_a_draft_of_unknown_duration_teaches_no_cost() -> None:
+    """The step that made the drafts also prefilled: what of its time was drafting is not known."""
+    policy = Recording()
+    decisions = Decisions(policy, "nf4", range(5))
+    first, second = decisions.decide(live("a"), 0), decisions.decide(live("a"), 0)
+    decisions.observe(Decision(0), first, (), 0.5, False)
+    decisions.observe(first, second, [Verified("a", 4, 3, False)], 0.01, True)
+    (_, _, outcome), *more = policy.told
+    assert not more and np.isnan(outcome.draft_seconds)

@@ -6,7 +6,7 @@ import asyncio
 import math
 
 import pytest
-from small_engines import POLICY, policy_prompts
+from small_engines import DRAFTER, POLICY, policy_prompts
 
 from rollout_spec import RolloutEngine, SamplingParams
 from rollout_spec.contracts import FinishReason, InvalidRequest, VersionSpan
@@ -15,7 +15,7 @@ from rollout_spec.engine import EngineAsleep
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 OPTIONS = {"dtype": "float32", "max_model_len": 256, "max_num_seqs": 32}
-COUPLED = {"drafter": "nf4", "draft_length": 4, "verifier": "coupled", "canary_min_acceptance": 0.0}
+COUPLED = {"drafter": DRAFTER, "draft_length": 4, "verifier": "coupled", "canary_min_acceptance": 0.0}
 
 
 def vllm_engine(**options):
@@ -191,7 +191,7 @@ def test_scores_of_the_engine_are_the_torch_backends(engine, reference, drawn) -
 
 def test_statistics(engine, drawn) -> None:
     stats = engine.stats()
-    assert (stats.version, stats.verifier, stats.exactness, stats.drafter) == (0, "coupled", "E1", "nf4")
+    assert (stats.version, stats.verifier, stats.exactness, stats.drafter) == (0, "coupled", "E1", DRAFTER)
     assert stats.reports == () and stats.live == stats.waiting == 0
     assert stats.finished >= len(drawn) and stats.generated_tokens >= sum(len(c.token_ids) for c in drawn)
     assert stats.kv_tokens >= 256 and stats.kv_tokens_free <= stats.kv_tokens and stats.times.steps > 0
@@ -229,7 +229,7 @@ def test_a_drafter_set_aside_is_reported(engine, prompts) -> None:
 
     served = engine.backend.engine
     before, decisions = engine.stats(), scheduler(served).decisions
-    assert before.drafter == "nf4" and before.reports == ()
+    assert before.drafter == DRAFTER and before.reports == ()
     decisions.least_acceptance, kept = 1.0, decisions.least_acceptance
     sampled = SamplingParams(max_tokens=48, temperature=2.0, ignore_eos=True)
     try:
@@ -246,4 +246,4 @@ def test_a_drafter_set_aside_is_reported(engine, prompts) -> None:
     stats = engine.stats()
     assert stats.drafter is None and [x.cause for x in stats.reports] == ["nan"]
     drafter.revive()
-    assert engine.stats().drafter == "nf4" and engine.stats().reports == ()
+    assert engine.stats().drafter == DRAFTER and engine.stats().reports == ()

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from small_engines import DRAFTER
 
 from rollout_spec.contracts import InvalidRequest
 from rollout_spec.integrations.vllm import compat, plugin
@@ -112,7 +113,7 @@ def test_an_engine_that_does_not_ask_is_stock(engines: Engines) -> None:
     assert not [name for name in sys.modules if name.endswith("vllm.self_drafter_v2")]
     blocks, expected = engine.config.cache_config.num_gpu_blocks, engine.generate(prompts(4), 24)
     speculative = {"method": "draft_model", "model": POLICY, "num_speculative_tokens": 2}
-    engine = engines(speculative_config=speculative | {"quantization": "rollout_spec_nf4"})
+    engine = engines(speculative_config=speculative | {"quantization": f"rollout_spec_{DRAFTER}"})
     from rollout_spec.integrations.vllm.self_drafter import SelfDrafter, StockOrSelfDrafter
 
     assert type(engine.drafter) is StockOrSelfDrafter and not isinstance(engine.drafter, SelfDrafter)
@@ -175,7 +176,7 @@ class Changed:
     ],
 )
 def test_refused(engines: Engines, field: str, value: Any, reason: str) -> None:
-    config = engines(**llm_arguments(POLICY, {"drafter": "nf4", "longest_draft": 2})).config
+    config = engines(**llm_arguments(POLICY, {"drafter": DRAFTER, "longest_draft": 2})).config
     refuse(config)
     with pytest.raises(InvalidRequest, match=reason):
         refuse(changed(config, **{field: value}))
@@ -234,12 +235,12 @@ def test_vllm_serve_reads_the_flags() -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    words = serve_flags(POLICY, {"drafter": "nf4", "longest_draft": 2})
+    words = serve_flags(POLICY, {"drafter": DRAFTER, "longest_draft": 2})
     parser = make_arg_parser(FlexibleArgumentParser())
     given = parser.parse_args(words)
     given.model = given.model_tag  # as `vllm serve` does
     parsed = AsyncEngineArgs.from_cli_args(given)
-    arguments = llm_arguments(POLICY, {"drafter": "nf4", "longest_draft": 2})
+    arguments = llm_arguments(POLICY, {"drafter": DRAFTER, "longest_draft": 2})
     for name in ("additional_config", "scheduler_cls", "speculative_config"):
         assert getattr(parsed, name) == arguments[name]
     assert words[0] == POLICY

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from small_engines import DRAFTER
 
 from rollout_spec.contracts import InvalidRequest
 from rollout_spec.integrations.vllm.arguments import SCHEDULER, llm_arguments
@@ -23,7 +24,7 @@ from tests.vllm.conftest import POLICY, SMALL, Engine, Engines, prompts, run_apa
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-AUTOMATIC = llm_arguments(POLICY, {"drafter": "nf4", "longest_draft": 4})
+AUTOMATIC = llm_arguments(POLICY, {"drafter": DRAFTER, "longest_draft": 4})
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ class TestAsynchronous:
         from rollout_spec.integrations.vllm.scheduler import PolicyScheduler
 
         engine = engines(
-            **llm_arguments(POLICY, {"drafter": "nf4", "longest_draft": 4}), async_scheduling=False
+            **llm_arguments(POLICY, {"drafter": DRAFTER, "longest_draft": 4}), async_scheduling=False
         )
         config = copy.copy(engine.config)
         config.scheduler_config = copy.copy(config.scheduler_config)

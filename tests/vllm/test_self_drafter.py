@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_engines import DRAFTER
 
 from rollout_spec.integrations.vllm.arguments import llm_arguments
 from rollout_spec.policy.baselines import Fixed, Off, RandomLengths, Stateless, uniform_plan
@@ -17,7 +18,7 @@ from tests.vllm.conftest import POLICY, SMALL, Engine, Engines, prompts, run_apa
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-SPECULATING = llm_arguments(POLICY, {"drafter": "nf4", "longest_draft": 4})
+SPECULATING = llm_arguments(POLICY, {"drafter": DRAFTER, "longest_draft": 4})
 DENSE = llm_arguments(POLICY, {"drafter": "dense", "longest_draft": 4})
 CROWDED = {"num_gpu_blocks_override": 14, "max_num_batched_tokens": 48, "enable_prefix_caching": False}
 
@@ -43,7 +44,7 @@ def stock(engines: Engines) -> dict[str, Any]:
 
 @pytest.fixture
 def engine(stock: dict[str, Any], engines: Engines) -> Engine:
-    """An engine with the nf4 drafter, drafting 4 tokens a step."""
+    """An engine with a quantized drafter, drafting 4 tokens a step."""
     engine = engines(**SPECULATING)
     engine.drafter.forwards = 0
     engine.scheduler.decisions.policy = Fixed(4)
@@ -90,6 +91,62 @@ def test_greedy_tokens_are_those_of_plain_decoding(
         assert (drafted, engine.drafter.forwards) == (0, 0)  # off is off
     else:
         assert accepted > 0.6 * drafted > 50 and engine.drafter.forwards > 20
+
+
+def test_off_prepares_nothing(engine: Engine, stock: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM prepares the drafter's inputs in every step, K = 0 or not; here only where they are drafted from."""
+    from rollout_spec.integrations.vllm.hidden_states import capture
+
+    prepared: list[int] = []
+    prepare = engine.drafter.prepare_next_token_ids_padded
+
+    def counting(*args: Any) -> Any:
+        prepared.append(1)
+        return prepare(*args)
+
+    monkeypatch.setattr(engine.drafter, "prepare_next_token_ids_padded", counting)
+    engine.scheduler.decisions.policy = Off()
+    taken: list[int] = []
+    take = engine.core.model_executor.take_draft_token_ids
+    monkeypatch.setattr(engine.core.model_executor, "take_draft_token_ids", lambda: taken.append(1) or take())
+    assert engine.generate(SHORT, 64) == stock["short"] and not prepared and not taken
+    stop = capture(lambda seen: None)  # somebody wants what they hold
+    try:
+        engine.generate(SHORT, 8)
+        assert len(prepared) == 8
+    finally:
+        stop()
+    prepared.clear()
+    engine.scheduler.decisions.policy = Toggled(2, 4)
+    assert engine.generate(SHORT, 64) == stock["short"]
+    lengths = engine.scheduler.decisions.draft_lengths
+    assert 0 < len(prepared) < sum(lengths.values()) and len(taken) == len(prepared)
+
+    # When this fails vLLM does neither by itself any more, and `skip_idle_drafting` or `take_only_drafts` can go.
+    prepared.clear(), taken.clear()
+    engine.scheduler.decisions.policy = Off()
+    monkeypatch.setattr(engine.runner, "_rollout_spec_idles", False)
+    monkeypatch.setattr(type(engine.scheduler), "drafting", True)
+    assert engine.generate(SHORT, 8) == [tokens[:8] for tokens in stock["short"]]
+    assert len(prepared) == len(taken) == 8
+
+
+def test_off_looks_at_no_request(
+    engine: Engine, stock: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a policy rests, only steps with a prefill in them go through the requests."""
+    looks: list[Any] = []
+    look = engine.scheduler._look
+
+    def looking(scheduled: Any) -> Any:
+        looks.append(scheduled)
+        return look(scheduled)
+
+    monkeypatch.setattr(engine.scheduler, "_look", looking)
+    engine.scheduler.decisions.policy = Off()
+    engine.scheduler.decisions.reasons.clear()
+    assert engine.generate(SHORT, 64) == stock["short"]
+    assert len(looks) == 1 and engine.scheduler.decisions.reasons[Reason.OFF] >= 62
 
 
 def test_requests_join_and_leave(engine: Engine, stock: dict[str, Any]) -> None:
@@ -315,7 +372,7 @@ def test_layerwise_reload_quantizes_again(engine: Engine) -> None:
             finalize_layerwise_reload(drafter.model, engine.config.speculative_config.draft_model_config)
 
     def check(weights: dict[str, torch.Tensor]) -> None:
-        quantizer = get_quantizer("nf4", "cpu", torch.float32)
+        quantizer = get_quantizer(DRAFTER, "cpu", torch.float32)
         names = {
             "model.layers.3.mlp.down_proj.weight": drafter.model.model.layers[3].mlp.down_proj,
             "model.embed_tokens.weight": drafter.model.lm_head,
@@ -364,7 +421,7 @@ if __name__ == "__main__":
 
 def test_engine_in_another_process(stock: dict[str, Any], tmp_path: Path) -> None:
     """Scheduler, worker and caller are three processes, and all get the plugin through vLLM's own arguments."""
-    fixed = llm_arguments(POLICY, {"drafter": "nf4", "draft_length": 4})
+    fixed = llm_arguments(POLICY, {"drafter": DRAFTER, "draft_length": 4})
     given = {"options": SMALL | fixed, "prompts": SHORT}
     result = run_apart(MULTIPROCESS, given, tmp_path, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     assert result["tokens"] == stock["short"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_engines import perturbed
+from small_engines import DRAFTER, perturbed
 
 from rollout_spec.contracts import InvalidRequest
 from rollout_spec.integrations.vllm import hidden_states
@@ -185,7 +185,7 @@ def test_an_eagle3_head(engines: Engines, tmp_path: Path, collected: Collector) 
 class TestSelfDrafter:
     @pytest.fixture
     def engine(self, engines: Engines) -> Engine:
-        options = llm_arguments(POLICY, {"drafter": "nf4", "longest_draft": 4})
+        options = llm_arguments(POLICY, {"drafter": DRAFTER, "longest_draft": 4})
         engine = engines(**options, enable_prefix_caching=False, max_num_batched_tokens=64)
         engine.scheduler.decisions.policy = Fixed(4)
         return engine
@@ -288,7 +288,7 @@ def test_from_a_process_of_its_own(tmp_path: Path) -> None:
 
     (tmp_path / "keep_states.py").write_text(KEEP, encoding="utf-8")
     (tmp_path / "metrics").mkdir()
-    options = SMALL | llm_arguments(POLICY, {"drafter": "nf4", "draft_length": 2})
+    options = SMALL | llm_arguments(POLICY, {"drafter": DRAFTER, "draft_length": 2})
     found = run_apart(
         SEPARATE,
         {"options": options, "prompts": PROMPTS[:2]},

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_engines import POLICY, perturbed, policy_prompts
+from small_engines import DRAFTER, POLICY, perturbed, policy_prompts
 
 from rollout_spec import RolloutEngine, SamplingParams
 from rollout_spec.contracts import WeightError
@@ -37,7 +37,7 @@ def make_engine(path=POLICY, version=0, **options):
         "max_model_len": 256,
         "max_num_seqs": 32,
         "kv_cache_bytes": 64 << 20,
-        "speculation": {"drafter": "nf4", "draft_length": 4, "verifier": "coupled"},
+        "speculation": {"drafter": DRAFTER, "draft_length": 4, "verifier": "coupled"},
         "vllm": {"enforce_eager": True},
     }
     ALIVE.append(RolloutEngine.from_pretrained(path, backend="vllm", version=version, **(given | options)))
@@ -67,7 +67,7 @@ def intact(engine, prompts):
     """The engine with the shipped policy, a drafter in order, and recent contexts for the canary."""
     engine.update_weights(tensors(POLICY))
     outputs(engine, prompts)
-    assert engine.stats().drafter == "nf4"
+    assert engine.stats().drafter == DRAFTER
     return engine
 
 
@@ -320,29 +320,45 @@ def test_a_drafter_left_behind_is_reported_and_not_used(intact, folders, prompts
     fresh = make_engine(folders[2], version=stats.version)
     assert stale == outputs(fresh, prompts)
     engine.update_weights(tensors(folders[2]))
-    assert engine.stats().drafter == "nf4" and drafted(engine, prompts)[0] > 0
+    assert engine.stats().drafter == DRAFTER and drafted(engine, prompts)[0] > 0
 
 
-def test_a_drafter_of_other_weights_trips_the_canary(intact, folders, prompts, monkeypatch) -> None:
-    """Such as one made from the base of an adapter that was not merged: right version, wrong weights."""
-    engine, before = intact, outputs(intact, prompts)[:4]
+def adapted(pairs, rank=8, strength=1.0):
+    """The policy with a low-rank adapter merged into its matrices, the product as large as the matrix itself."""
+    generator = torch.Generator().manual_seed(2)
+    for name, weight in pairs:
+        if "proj" in name:
+            down = torch.randn(rank, weight.shape[1], generator=generator)
+            up = torch.randn(weight.shape[0], rank, generator=generator)
+            weight = (weight.float() + strength * weight.float().std() * (up @ down) / rank**0.5).to(
+                weight.dtype
+            )
+        yield name, weight
+
+
+def test_a_drafter_of_unmerged_weights_trips_the_canary(intact, prompts, monkeypatch) -> None:
+    """The trainer sends an adapter merged into the policy, and the drafter gets the base: right version, other weights."""
+    engine, base, merged = intact, dict(tensors(POLICY)), list(adapted(tensors(POLICY)))
     model = runner(engine).get_draft_model()
-    base = {
-        name: torch.randn_like(tensor) * tensor.float().std() if "proj" in name else tensor
-        for name, tensor in tensors(POLICY)
-    }
     load = type(model).load_weights
     monkeypatch.setattr(
         type(model),
         "load_weights",
-        lambda self, pairs: load(self, ((n, base[n]) if self is model else (n, t) for n, t in pairs)),
+        lambda self, pairs: load(self, ((n, base[n] if self is model else t) for n, t in pairs)),
     )
-    engine.update_weights(tensors(POLICY))
+    engine.update_weights(merged)
     stats = engine.stats()
     assert stats.canary_acceptance < 0.3 and stats.drafter is None
     assert stats.reports[-1].cause == "low-acceptance" and "canary" in stats.reports[-1].message
     count, plain = drafted(engine, prompts)
-    assert count == 0 and plain[:4] == before
+    assert count == 0
+
+    monkeypatch.undo()
+    engine.update_weights(merged)  # merged for both: nothing is wrong with the adapter
+    stats = engine.stats()
+    assert stats.canary_acceptance > 0.8 and stats.drafter == DRAFTER
+    count, speculating = drafted(engine, prompts)
+    assert count > 0 and speculating[:4] == plain[:4]
 
 
 def test_a_drafter_that_raises_costs_nothing_but_speed(intact, prompts, monkeypatch) -> None:
@@ -390,7 +406,7 @@ def test_updates_reach_a_vllm_in_a_process_of_its_own(engine, folders, prompts) 
     for (start, old), (cut, new) in seen["starts"]:
         assert (start, old, new) == (0, 0, version) and 0 < cut < 160
     found, drafter, canary, accepted = seen["stats"]
-    assert (found, drafter) == (version, "nf4") and canary > 0.9 and accepted > 100
+    assert (found, drafter) == (version, DRAFTER) and canary > 0.9 and accepted > 100
     half, asleep = seen["refused"]
     assert half.startswith("HalfUpdated") and "incomplete in model.embed_tokens" in half
     assert asleep.startswith("EngineAsleep")

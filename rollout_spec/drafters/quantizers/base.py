@@ -107,12 +107,12 @@ class Quantizer(ABC):
 
     def quantize(self, weight: Tensor, bias: Tensor | None = None) -> QuantizedLinear:
         """weight: [N, K] float, bias: [N] or None. NaNs reach the outputs of their row."""
-        with torch.no_grad(), _one_thread():
+        with torch.no_grad():
             return self.layer_type(weight.device)(weight, bias)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keep torch to the calling thread.
 
     Elementwise passes over blocks that fit a cache are over before other threads have joined; on a machine

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from rollout_spec.drafters.quantizers.base import (
     QuantizedLinear,
-    Quantizer,
     fp32_row_blocks,
     pad_columns,
     round_up,
 )
+from rollout_spec.drafters.quantizers.kernel import KernelQuantizer
 
 GROUP = 64
 ROWS = 64  # the CPU kernel's widest panel; other panel widths divide it
@@ -61,18 +61,18 @@ def _pack(q: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_K_TILES)
 
 
-class Int4Quantizer(Quantizer):
+class Int4Quantizer(KernelQuantizer):
     """4-bit integer weights, bfloat16 activations."""
 
     name = "int4"
     bits = 4
 
-    def missing(self, device: torch.device) -> str | None:
+    def stock_missing(self, device: torch.device) -> str | None:
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             return "needs a GPU of compute capability 8.0 or higher"
         if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
             return "needs a CPU with AVX2 or AVX512"
         return None
 
-    def layer_type(self, device: torch.device) -> type[QuantizedLinear]:
+    def stock_layer(self, device: torch.device) -> type[QuantizedLinear]:
         return Int4Linear

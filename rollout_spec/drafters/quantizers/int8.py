@@ -14,10 +14,10 @@ from torch import Tensor
 
 from rollout_spec.drafters.quantizers.base import (
     QuantizedLinear,
-    Quantizer,
     quantize_rows_int8,
     round_up,
 )
+from rollout_spec.drafters.quantizers.kernel import KernelQuantizer
 
 MULTIPLE = 16  # of rows and columns, for cuBLASLt
 LEAST_ROWS = 32  # CUDA's `_int_mm` needs more than 16
@@ -102,18 +102,18 @@ def _dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.float().mul_(scale[:, None])
 
 
-class Int8Quantizer(Quantizer):
+class Int8Quantizer(KernelQuantizer):
     """8-bit weights and activations."""
 
     name = "int8"
     bits = 8
 
-    def missing(self, device: torch.device) -> str | None:
+    def stock_missing(self, device: torch.device) -> str | None:
         if device.type == "cpu" and not _fbgemm() and torch.backends.cpu.get_cpu_capability() != "AVX512":
             return "needs a PyTorch build with fbgemm, or a CPU with AVX512"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
             return "needs a GPU of compute capability 7.5 or higher"
         return None
 
-    def layer_type(self, device: torch.device) -> type[QuantizedLinear]:
+    def stock_layer(self, device: torch.device) -> type[QuantizedLinear]:
         return FbgemmInt8Linear if device.type == "cpu" and _fbgemm() else Int8Linear

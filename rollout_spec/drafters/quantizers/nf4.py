@@ -15,11 +15,11 @@ from torch import Tensor
 
 from rollout_spec.drafters.quantizers.base import (
     QuantizedLinear,
-    Quantizer,
     fp32_row_blocks,
     pad_columns,
     round_up,
 )
+from rollout_spec.drafters.quantizers.kernel import KernelQuantizer
 
 GROUP = 64
 PANEL = 32  # rows interleaved in bitsandbytes' packed CPU layout
@@ -135,21 +135,21 @@ class Nf4Linear(QuantizedLinear):
         return self.functional.dequantize_4bit(self.packed, self.state)[:, : self.in_features].float()
 
 
-class Nf4Quantizer(Quantizer):
+class Nf4Quantizer(KernelQuantizer):
     """4-bit NormalFloat weights through bitsandbytes."""
 
     name = "nf4"
     bits = 4
 
-    def missing(self, device: torch.device) -> str | None:
+    def stock_missing(self, device: torch.device) -> str | None:
         try:
             functional = _bitsandbytes()
         except Exception as error:
             return f"needs a working bitsandbytes (pip install bitsandbytes); importing it failed: {error}"
         if device.type == "cpu" and not functional.has_avx512bf16():
-            return "needs a CPU with AVX512-BF16; int8 is the alternative"
+            return "needs a C++ compiler (g++), or a CPU with AVX512-BF16; int8 is the alternative"
         return None
 
-    def layer_type(self, device: torch.device) -> type[QuantizedLinear]:
+    def stock_layer(self, device: torch.device) -> type[QuantizedLinear]:
         _bitsandbytes()
         return PackedNf4Linear if device.type == "cpu" else Nf4Linear

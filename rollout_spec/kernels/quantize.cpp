@@ -1,0 +1,154 @@
+// Quantize a weight and lay it out for quantized_linear.cpp, panels in parallel, in one pass over memory.
+#include "layout.h"
+#include "nf4.h"
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+constexpr int WIDTH = 8;
+
+struct Range {
+    float low, high, largest;  // largest absolute value
+    bool finite;
+};
+
+Range range_of(const float* x, int64_t count) {
+    Floats low, high;
+    Ints largest = {};
+    memcpy(&low, x, sizeof low), memcpy(&high, x, sizeof high);
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        Floats v;
+        memcpy(&v, x + i, sizeof v);
+        low = v < low ? v : low, high = v > high ? v : high;
+        Ints magnitude = (Ints)v & 0x7fffffff;  // NaN and infinity are largest
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    Range range = {low[0], high[0], 0, true};
+    int32_t most = 0;
+    for (int i = 0; i < WIDTH; i++) {
+        range.low = low[i] < range.low ? low[i] : range.low;
+        range.high = high[i] > range.high ? high[i] : range.high;
+        most = largest[i] > most ? largest[i] : most;
+    }
+    range.largest = float_of(most), range.finite = most < 0x7f800000;
+    return range;
+}
+
+void nf4_codes(const float* x, int64_t count, float largest, int8_t* codes) {
+    float inverse = 1 / largest;
+    for (int64_t i = 0; i < count; i += 4 * WIDTH) {
+        __m256i four[4];
+        for (int part = 0; part < 4; part++) {
+            Floats v;
+            memcpy(&v, x + i + part * WIDTH, sizeof v);
+            v *= inverse;
+            Ints above = {};  // minus the number of boundaries below v
+#pragma GCC unroll 15
+            for (int j = 0; j < 15; j++) above += v > (NF4_LEVELS[j] + NF4_LEVELS[j + 1]) / 2;
+            four[part] = (__m256i)-above;
+        }
+        _mm256_storeu_si256((__m256i*)(codes + i), bytes_of(four));
+    }
+}
+
+const float NOT_FINITE = float_of(0x7fc00000);
+
+struct Panel {
+    float* x;        // one row
+    int8_t* codes;   // [16, columns]
+    bf16* scales;    // [16, groups]
+    bf16* offsets;   // [16, groups]
+};
+
+void quantize_row(int kind, const Panel& panel, int64_t r, int64_t columns, float* row_scale) {
+    int8_t* codes = panel.codes + r * columns;
+    int64_t groups = columns / GROUP;
+    if (kind == INT8) {
+        Range range = range_of(panel.x, columns);
+        float scale = (range.largest > 1e-30f ? range.largest : 1e-30f) / 127;
+        *row_scale = range.finite ? scale : NOT_FINITE;
+        if (range.finite) round_to_bytes(panel.x, columns, 0, 1 / scale, -127, 127, codes);
+        else memset(codes, 0, columns);
+        return;
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        const float* x = panel.x + g * GROUP;
+        int8_t* own = codes + g * GROUP;
+        Range range = range_of(x, GROUP);
+        bf16 &scale = panel.scales[r * groups + g], &offset = panel.offsets[r * groups + g];
+        if (!range.finite) {
+            scale = narrow(NOT_FINITE), offset = 0;
+            memset(own, 0, GROUP);
+        } else if (kind == INT4) {
+            float step = (range.high - range.low) / 15;
+            scale = narrow(step > 1e-30f ? step : 1e-30f), offset = narrow(range.low);
+            round_to_bytes(x, GROUP, widen(offset), 1 / widen(scale), 0, 15, own);
+        } else {
+            float largest = range.largest > 1e-30f ? range.largest : 1e-30f;
+            scale = narrow(largest / 63);
+            nf4_codes(x, GROUP, largest, own);
+        }
+    }
+}
+
+void lay_out_nibbles(int kind, const Panel& panel, int64_t columns, uint8_t* out) {
+    int64_t groups = columns / GROUP;
+    uint32_t* words = (uint32_t*)panel.codes;  // eight codes, then in their place the word that holds them
+    for (int64_t i = 0; i < PANEL * columns / 8; i++) words[i] = words[2 * i] | words[2 * i + 1] << 4;
+    for (int64_t g = 0; g < groups; g++) {
+        rows_to_lines(words + g * GROUP / 8, columns / 8, GROUP / 8, (uint32_t*)out);
+        out += GROUP * PANEL / 2;
+        bf16* affine = (bf16*)out;
+        for (int64_t r = 0; r < PANEL; r++) affine[r] = panel.scales[r * groups + g];
+        out += 2 * PANEL;
+        if (kind == INT4) {
+            for (int64_t r = 0; r < PANEL; r++) affine[PANEL + r] = panel.offsets[r * groups + g];
+            out += 2 * PANEL;
+        }
+    }
+}
+
+int64_t panel_bytes(int kind, int64_t columns) {
+    if (kind == INT8) return columns * PANEL;
+    return columns / GROUP * (GROUP * PANEL / 2 + (kind == INT4 ? 4 : 2) * PANEL);
+}
+
+template <typename Float>
+void quantize_panel(int kind, const Float* weight, int64_t n, int64_t k, int64_t p, const Panel& panel, uint8_t* packed,
+                    float* scales) {
+    int64_t columns = round_up(k, GROUP);
+    for (int64_t r = 0; r < PANEL; r++) {
+        int64_t row = p * PANEL + r, filled = row < n ? k : 0;
+        for (int64_t i = 0; i < filled; i++) panel.x[i] = widen(weight[row * k + i]);
+        for (int64_t i = filled; i < columns; i++) panel.x[i] = 0;
+        quantize_row(kind, panel, r, columns, scales + row);
+    }
+    uint8_t* out = packed + p * panel_bytes(kind, columns);
+    if (kind == INT8) rows_to_lines((const uint32_t*)panel.codes, columns / 4, columns / 4, (uint32_t*)out);
+    else lay_out_nibbles(kind, panel, columns, out);
+}
+
+}  // namespace
+
+// Bytes of the packed form of a weight [n, k].
+EXPORT int64_t quantized_size(int kind, int64_t n, int64_t k) {
+    return round_up(n, PANEL) / PANEL * panel_bytes(kind, round_up(k, GROUP));
+}
+
+// weight [n, k] contiguous, float32 or (is_bf16) bf16; scales [n rounded up to 16] for int8, else unused.
+EXPORT void quantize(int kind, int is_bf16, const void* weight, int64_t n, int64_t k, uint8_t* packed, float* scales,
+                     int threads) {
+    int64_t panels = round_up(n, PANEL) / PANEL, columns = round_up(k, GROUP), groups = columns / GROUP;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Panel panel = {allocate<float>(columns), allocate<int8_t>(columns * PANEL), allocate<bf16>(groups * PANEL),
+                       allocate<bf16>(groups * PANEL)};
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; p++) {
+            if (is_bf16) quantize_panel(kind, (const bf16*)weight, n, k, p, panel, packed, scales);
+            else quantize_panel(kind, (const float*)weight, n, k, p, panel, packed, scales);
+        }
+        free(panel.x), free(panel.codes), free(panel.scales), free(panel.offsets);
+    }
+}

@@ -1,0 +1,19 @@
+"""No kernel reads or writes past its buffers, or does what C++ leaves undefined."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("sanitize.sh")
+
+
+@pytest.mark.parametrize("flags", [(), ("-DEMULATE_AVX512",)], ids=["avx2", "emulated"])
+def test_kernels_are_clean_and_a_store_past_the_end_is_seen(tmp_path, flags):
+    def run(*command):
+        return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+
+    clean = run(SCRIPT, tmp_path, *flags)
+    assert clean.returncode == 0 and clean.stdout == "clean\n", clean.stderr
+    broken = run(tmp_path / "sanitize", "break")
+    assert broken.returncode != 0 and "heap-buffer-overflow" in broken.stderr
