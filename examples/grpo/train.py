@@ -39,7 +39,7 @@ CLIP = 0.2  # the ratio of new to old probability counts up to 1 ± CLIP
 MICRO_BATCH_TOKENS = 2048
 MAX_TOKENS = 512
 LAST_GAIN_RATE = (
-    5.0  # of the last norm's gain, which scales the logits: its gradient is by far the least noisy
+    15.0  # of the last norm's gain, which scales the logits: no other gradient is as little noise
 )
 WARMUP_STEPS = 10  # the first steps of Adam go as far as its rate allows, whatever the gradient says
 
