@@ -38,9 +38,7 @@ from problems import CHAIN_MAX, Problem, judge_steps, reward, sample  # noqa: E4
 CLIP = 0.2  # the ratio of new to old probability counts up to 1 ± CLIP
 MICRO_BATCH_TOKENS = 2048
 MAX_TOKENS = 512
-LAST_GAIN_RATE = (
-    15.0  # of the last norm's gain, which scales the logits: no other gradient is as little noise
-)
+LAST_GAIN_RATE = 15.0  # of the last norm's gain: it scales all logits, and its gradient is hardly noise
 WARMUP_STEPS = 10  # the first steps of Adam go as far as its rate allows, whatever the gradient says
 
 
