@@ -30,7 +30,7 @@ def trainings():
             prompts=4,
             group=4,
             minibatches=2,
-            lr=1e-3,
+            lr=1e-2,
             draft_length=4,
         )
         for on in (True, False)

@@ -58,7 +58,7 @@ class DrafterTrainee:
             raise invalid("held_out", held_out, "use an integer >= 2: one request in so many is held out")
         self._engine, self._held_out, self._judged_tokens = engine, held_out, judged_tokens
         self.trainer = DrafterTrainer(module, self._lent(), config)
-        self._version = engine.backend.weights.version
+        self._version: int | None = engine.backend.weights.version
         self._judge = EagleModule(module.spec, module.draft_tokens).to(self.trainer.device)
         self.taught = EpisodeBuffer(budget_bytes, seed=seed)
         self.judged = EpisodeBuffer(max(1, budget_bytes // 10), seed=seed)
@@ -133,6 +133,10 @@ class DrafterTrainee:
             self._judge, self.trainer.target, chosen, length, batch_tokens=self._batch_tokens, stop=needed
         )
         return ((found.tau - 1.0) / length, found.tokens) if found.tokens else (0.0, 0)
+
+    def release(self) -> None:
+        """Hold none of the policy's tensors until the next task: they are about to be freed."""
+        self.trainer.target, self._version = None, None  # type: ignore[assignment]
 
     # --- inside ----------------------------------------------------------------------------------------
 

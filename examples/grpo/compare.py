@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--size", choices=("policy", "100m"), default="policy")
     parser.add_argument("--prompts", type=int, default=4, help="problems per step")
     parser.add_argument("--group", type=int, default=4, help="answers per problem")
-    parser.add_argument("--lr", type=float, default=1e-6)
+    parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the report here")
     args = parser.parse_args()

@@ -38,9 +38,7 @@ from problems import CHAIN_MAX, Problem, judge_steps, reward, sample  # noqa: E4
 CLIP = 0.2  # the ratio of new to old probability counts up to 1 ± CLIP
 MICRO_BATCH_TOKENS = 2048
 MAX_TOKENS = 512
-LAST_GAIN_RATE = (
-    100.0  # learning rate of the last norm's gain, which scales the logits, over that of the rest
-)
+LAST_GAIN_RATE = 15.0  # of the last norm's gain: it scales all logits, and its gradient is hardly noise
 WARMUP_STEPS = 10  # the first steps of Adam go as far as its rate allows, whatever the gradient says
 
 
@@ -55,6 +53,7 @@ class Grpo:
         longest_chain: Terms of the longest chains to train on.
         max_tokens: Of an answer in training.
         minibatches: Optimizer steps per rollout.
+        lr: Of Adam, relative to each tensor's root mean square at the start (as Adafactor has it, arXiv 1804.04235).
         draft_length: Of every draft; None leaves it to the engine.
     """
 
@@ -69,7 +68,7 @@ class Grpo:
         longest_chain: int = CHAIN_MAX,
         max_tokens: int = MAX_TOKENS,
         minibatches: int = 4,
-        lr: float = 1e-4,
+        lr: float = 1.5e-3,
         draft_length: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -78,10 +77,12 @@ class Grpo:
         self.steps, self.lr, self.longest_chain, self.max_tokens = steps, lr, longest_chain, max_tokens
         self.model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
         last = self.model.model.norm.weight
-        others = [p for p in self.model.parameters() if p is not last]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": others}, {"params": [last]}], betas=(0.9, 0.99), weight_decay=0.0
-        )
+        sizes = [p.detach().pow(2).mean().sqrt().item() for p in self.model.parameters()]
+        groups = [
+            {"params": [p], "size": size * (LAST_GAIN_RATE if p is last else 1.0)}
+            for p, size in zip(self.model.parameters(), sizes)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
         self.engine = RolloutEngine.from_pretrained(
             policy,
             dtype="float32",
@@ -139,8 +140,8 @@ class Grpo:
         size = -(-self.prompts // self.minibatches) * self.group
         step, difference = len(self.log.rewards), 0.0
         rate = min((step + 1) / WARMUP_STEPS, 1.0) * max(0.0, 1 - step / self.steps)
-        for group, times in zip(self.optimizer.param_groups, (1.0, LAST_GAIN_RATE)):
-            group["lr"] = self.lr * rate * times
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate * group["size"]
         for start in range(0, len(completions), size):
             rows = range(start, min(start + size, len(completions)))
             tokens = sum(len(advantages[row]) for row in rows)
@@ -240,7 +241,7 @@ def held_out_gain(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the arithmetic policy by GRPO.")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--minutes", type=float, default=13.0, help="no step begins later than this")
     parser.add_argument("--speculation", choices=("on", "off"), default="on")
     parser.add_argument("--out", type=Path, required=True, help="folder for result.json and reward.png")
@@ -255,8 +256,8 @@ def main() -> None:
     parser.add_argument(
         "--max-tokens", type=int, default=100, help="of an answer in training; no right one there is longer"
     )
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--held-out", type=int, default=500, help="held-out problems, of any length")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="relative to a tensor's size")
+    parser.add_argument("--held-out", type=int, default=400, help="held-out problems, of any length")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if find_spec("matplotlib") is None:

@@ -55,6 +55,8 @@ class RolloutServer:
         self.options = read_options(rollout, model, replica_rank)
         self.mode = mode
         self.engine = RolloutEngine.from_pretrained(self.options.path, self.options.engine)
+        spot = self.options.spot_training
+        self.idle_training = None if spot is None else IdleTraining(self.engine, spot)
         self.engine.sleep(level=2)
         self.engine.wake_up()
         self._version: int | None = None  # of the weights in force
@@ -63,8 +65,6 @@ class RolloutServer:
         self._stream: WeightStream | None = None
         self._in_flight = 0
         self._lent = False  # the device, to a trainer
-        spot = self.options.spot_training
-        self.idle_training = None if spot is None else IdleTraining(self.engine, spot)
 
     # --- requests --------------------------------------------------------------------------------------
 
@@ -157,6 +157,8 @@ class RolloutServer:
         if not self.options.free_cache:
             return
         self._asleep = True
+        if self.idle_training is not None:
+            await self.idle_training.release()
         level = 2 if self.mode is RolloutMode.HYBRID else 1
         if level == 2:
             self._version = None

@@ -77,6 +77,8 @@ class SpotTraining:
 class IdleTraining:
     """Trains on a thread of its own between `allow` and `need`; neither is called from that thread.
 
+    Until the first `allow` none of the policy's tensors is held.
+
     Args:
         engine: On the torch backend, with `speculation.adaptive`.
         options: How.
@@ -103,6 +105,8 @@ class IdleTraining:
             seed=options.seed,
         )
         self.spot = LocalSpot(served, trainee, SpotOptions(publish_every=options.publish_every))
+        self._trainee = trainee
+        trainee.release()
         self._idle = 0.0
         self._since: float | None = None
         self._allowed = threading.Event()
@@ -124,6 +128,11 @@ class IdleTraining:
             await asyncio.to_thread(self._training.acquire)
         self._training.release()
 
+    async def release(self) -> None:
+        """`need`, and hold none of the policy's tensors: they are about to be freed."""
+        await self.need()
+        self._trainee.release()
+
     @property
     def idle_seconds(self) -> float:
         """Time between `allow` and `need` so far."""
@@ -143,6 +152,7 @@ class IdleTraining:
         while True:
             self._allowed.wait()
             with self._training:
-                done = self.spot.train(lambda: not self._allowed.is_set())
+                taught = len(self._trainee.taught) > 0
+                done = self.spot.train(lambda: not self._allowed.is_set()) if taught else 0
             if not done:
                 time.sleep(_PAUSE)
