@@ -40,7 +40,7 @@ COUPLED = {"verifier": "coupled"}
 NEAR = 1e-4  # a perturbed-score gap that float32 logits of two passes may bridge
 WIDTHS = {"T=1": {"temperature": 1.0}, "T=0.8, cut": {"temperature": 0.8, "top_k": 20, "top_p": 0.9}}
 RATE = 1e-5  # of near-ties per token
-COUNT, LONG = 96, 180
+COUNT = 96
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,22 +136,24 @@ def perturbed_scores(reference, tokens: list[int], params: SamplingParams) -> Te
     return coupled_scores(torch.nn.functional.pad(logits, (0, -vocab_size % 64), value=-torch.inf), keys)
 
 
+@pytest.mark.timeout(900)
 def test_trajectories_do_not_depend_on_speculation(prompts, plain, speculating, reference) -> None:
     """Off, on, toggled, and in another order: over so many tokens that one near-tie would be within the rate."""
-    found = Comparison(0, [])
+    found, prompts = Comparison(0, []), prompts[:64]
     for width in WIDTHS.values():
-        params = batch(**width, max_tokens=LONG, ignore_eos=True)
+        params = batch(**width, max_tokens=200, ignore_eos=True)[:64]
         off = generate(plain, prompts, params)
         before = counts(speculating)
-        on = generate(speculating, prompts, params)
+        others = [generate(speculating, prompts, params)]
         after = counts(speculating)
-        with random_draft_lengths(speculating, (0, 0, 1, 2, 5)):
-            toggled = generate(speculating, prompts, params)
-        reversed_ = generate(speculating, prompts[::-1], params[::-1])[::-1]
+        for seed in (0, 1):
+            with random_draft_lengths(speculating, (0, 0, 1, 2, 5), seed):
+                others.append(generate(speculating, prompts, params))
+        others.append(generate(speculating, prompts[::-1], params[::-1])[::-1])
 
         drafted, accepted = (after[name] - before[name] for name in ("drafted", "accepted"))
         assert 0.2 < accepted / drafted < 0.97, "drafts must be accepted and rejected, or nothing is tested"
-        for other in (on, toggled, reversed_):
+        for other in others:
             found += compare(reference, prompts, params, off, other)
     found.check()
     assert found.tokens >= 1 / RATE
