@@ -7,6 +7,7 @@ one micro-batch; `allow` says that nothing is in flight, and the device not lent
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 import time
 from collections.abc import Mapping
@@ -112,6 +113,7 @@ class IdleTraining:
         self._allowed = threading.Event()
         self._training = threading.Lock()  # held while anything of the drafter's training is under way
         threading.Thread(target=self._run, name="rollout-spec-spot", daemon=True).start()
+        atexit.register(self._rest)  # a process cannot end in the middle of a micro-batch
 
     def allow(self) -> None:
         """Nothing is in flight."""
@@ -147,6 +149,10 @@ class IdleTraining:
     def version(self) -> int:
         """Of the drafter published last; 0: none."""
         return self.spot.host.worker.version
+
+    def _rest(self) -> None:
+        self._allowed.clear()
+        self._training.acquire()
 
     def _run(self) -> None:
         while True:

@@ -344,6 +344,10 @@ def test_a_drafter_is_trained_while_nothing_is_in_flight(
             assert not await trained_on(server)
             await back()
             assert await trained_on(server)
+        for _ in range(400):  # whole rounds, without a break
+            if server.idle_training.version:
+                break
+            await asyncio.sleep(0.1)
         return await server.rollout_spec_figures()
 
     async def wake() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -151,12 +149,17 @@ ENGINE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def llm(server_module: Any) -> Iterator[Any]:
     """vLLM in this process, with the arguments that verl's server gives it; its weights are the policy's."""
+    from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer
     from vllm import LLM
 
     arguments = completed(additional_config={PLUGIN: {"drafter": "int8", "draft_length": 4}})
-    made = LLM(model=str(POLICY), worker_extension_cls=WORKER_EXTENSION, **ENGINE, **arguments)
-    yield made
-    made.llm_engine.engine_core.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setattr(bucketed_weight_transfer, "BucketedWeightReceiver", Buckets)
+        made = LLM(model=str(POLICY), worker_extension_cls=WORKER_EXTENSION, **ENGINE, **arguments)
+        yield made
+        made.llm_engine.engine_core.shutdown()
 
 
 def changed(strength: float = 0.2) -> dict[str, torch.Tensor]:
@@ -171,16 +174,35 @@ def changed(strength: float = 0.2) -> dict[str, torch.Tensor]:
     return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
 
 
-def push(llm: Any, tensors: dict[str, torch.Tensor], version: int) -> None:
-    """What verl's adapter and server do: buckets of 1 MiB through shared memory, then the trainer's step."""
-    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
+class Buckets:
+    """In the place of verl's receiver: its calls, from one buffer that is filled again and again."""
 
-    handle = llm.collective_rpc("_get_zmq_handle")[0]
-    sender = BucketedWeightSender(zmq_handle=handle, bucket_size_mb=1, use_shm=True)
-    thread = threading.Thread(target=lambda: asyncio.run(sender.async_send_weights(iter(tensors.items()))))
-    thread.start()
+    BYTES = 1 << 20
+    sent: ClassVar[dict[str, torch.Tensor]] = {}
+
+    def __init__(self, zmq_handle: str, device: torch.device, use_shm: bool) -> None: ...
+
+    def receive_weights(
+        self, on_bucket_received: Callable[[list[tuple[str, torch.Tensor]], bool], None]
+    ) -> None:
+        buffer = torch.empty(self.BYTES // 4)
+        bucket: list[tuple[str, torch.Tensor]] = []
+        used = 0
+        for name, tensor in self.sent.items():
+            if used + tensor.numel() > len(buffer):
+                on_bucket_received(bucket, False)
+                bucket, used = [], 0
+            view = buffer[used : used + tensor.numel()].view(tensor.shape)
+            bucket.append((name, view.copy_(tensor)))
+            used += tensor.numel()
+        on_bucket_received(bucket, True)
+        buffer.fill_(float("nan"))
+
+
+def push(llm: Any, tensors: dict[str, torch.Tensor], version: int) -> None:
+    """What verl's adapter and server do."""
+    Buckets.sent = tensors
     llm.collective_rpc("update_weights_from_ipc", kwargs={"use_shm": True})
-    thread.join(60)
     llm.collective_rpc("rollout_spec_stamp", args=(version,))
 
 
@@ -272,9 +294,13 @@ def test_buckets_are_copied(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     from rollout_spec.integrations.verl.vllm_worker import VerlWorkerExtension
 
+    def without_copies(self: Any, weights: list[Any], *rest: Any) -> None:
+        kept = [(name, tensor) for name, tensor in weights if name != "lm_head.weight"]
+        vLLMColocateWorkerExtension._update_weights(self, kept, *rest)
+
     new = changed(0.15)
     with monkeypatch.context() as patch:
-        patch.setattr(VerlWorkerExtension, "_update_weights", vLLMColocateWorkerExtension._update_weights)
+        patch.setattr(VerlWorkerExtension, "_update_weights", without_copies)
         push(llm, new, version=12)
         spoilt = generate(llm)[0]
     push(llm, new, version=13)
