@@ -121,7 +121,7 @@ def test_five_updates_equal_five_fresh_engines(engine, folders, prompts) -> None
         fresh = make_engine(folder, version=start + step)
         assert updated == outputs(fresh, prompts)
         ours, theirs = quantized(engine), quantized(fresh)
-        assert len(ours) > 20 and ours.keys() == theirs.keys()
+        assert len(ours) > 16 and ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
         state = weights.states(engine.backend.engine)[0]
@@ -323,8 +323,8 @@ def test_a_drafter_left_behind_is_reported_and_not_used(intact, folders, prompts
     assert engine.stats().drafter == DRAFTER and drafted(engine, prompts)[0] > 0
 
 
-def adapted(pairs, rank=8, strength=1.0):
-    """The policy with a low-rank adapter merged into its matrices, the product as large as the matrix itself."""
+def adapted(pairs, rank=8, strength=4.0):
+    """The policy with a low-rank adapter merged into its matrices, the product four times as large as the matrix itself."""
     generator = torch.Generator().manual_seed(2)
     for name, weight in pairs:
         if "proj" in name:
