@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,10 @@ def follow():
     torch.use_deterministic_algorithms(deterministic)
 
 
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs requirements/light.txt")
 def test_rewards_and_parameters_are_those_of_plain_grpo(follow, tmp_path, monkeypatch):
-    sizes = {"prompts": 3, "group": 4, "minibatches": 1, "seed": 2}
+    sizes = {"prompts": 3, "group": 4, "seed": 2, "steps": 2}
+    sizes |= {"longest_chain": follow.LONGEST_CHAIN, "max_tokens": follow.MAX_TOKENS}
     plain = follow.Grpo(follow.POLICY, speculation=False, **sizes)
     spec = EagleSpec.for_target(plain.engine.backend.spec, "eagle")
     saved = Checkpoint(spec, TrainConfig(), dict(EagleModule(spec).state_dict()), {}, 1, 0, {})
@@ -38,13 +41,13 @@ def test_rewards_and_parameters_are_those_of_plain_grpo(follow, tmp_path, monkey
     arguments = [
         "follow.py", "--drafter", str(drafter), "--kl", str(drafter), "--out", str(tmp_path / "found"), "--steps", "2",
         "--prompts", "3", "--group", "4", "--micro-batches", "2", "--judged", "3", "--every", "2",
-        "--retrain-prompts", "20", "--retrain-steps", "40", "--lr", "2e-5", "--seed", "2",
+        "--retrain-prompts", "20", "--retrain-steps", "40", "--seed", "2",
     ]  # fmt: skip
     runs = []
 
     class Kept(follow.FollowedGrpo):
         def __init__(self, policy, **options):
-            super().__init__(policy, minibatches=1, **options)
+            super().__init__(policy, **options)
             runs.append(self)
 
     monkeypatch.setattr(follow, "FollowedGrpo", Kept)

@@ -19,10 +19,11 @@ import argparse
 import itertools
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from train import ARITHMETIC, MAX_TOKENS, Grpo, sample
+from train import ARITHMETIC, Grpo, sample
 
 from rollout_spec import Completion, RolloutEngine, SamplingParams
 from rollout_spec.adaptive.acceptance import measure
@@ -42,6 +43,13 @@ from rollout_spec.observe.report import Check, EvidenceLevel, Report
 
 DRAFT_LENGTH = 5
 POLICY = ARITHMETIC / "policy"
+LONGEST_CHAIN, MAX_TOKENS = 8, 100  # of problems and answers, as `train.py` has them
+
+
+def prompts(count: int, seed: int, split: str) -> list[str]:
+    """Of problems like those that the policy is trained on."""
+    drawn = sample(4 * count, seed=seed, split=split)
+    return [p.prompt for p in drawn if p.kind != "chain" or len(p.operands) <= LONGEST_CHAIN][:count]
 
 
 class FollowedGrpo(Grpo):
@@ -65,7 +73,7 @@ class FollowedGrpo(Grpo):
         )
         self.published, self.spot_seconds = served, 0.0
 
-    def learn(self, completions: list[Completion], advantages: torch.Tensor) -> float:
+    def learn(self, completions: list[Completion], advantages: list[torch.Tensor]) -> float:
         """Train the drafter, as idle workers would while the last answers are decoded; then the policy."""
         begun, start = len(self.spot.host.times.micro_batches), time.perf_counter()
         self.spot.train(lambda: len(self.spot.host.times.micro_batches) - begun > self.micro_batches)
@@ -76,8 +84,8 @@ class FollowedGrpo(Grpo):
 class Judge:
     """An engine beside the one in training, whose held-out rollouts all drafters are judged by."""
 
-    def __init__(self, prompts: int) -> None:
-        self.problems = [p.prompt for p in sample(prompts, seed=11, split="test")]
+    def __init__(self, count: int) -> None:
+        self.problems = prompts(count, seed=11, split="test")
         options = drafting_only(DRAFT_LENGTH, "rejection")
         self.engine = RolloutEngine.from_pretrained(
             POLICY, dtype="float32", max_model_len=640, max_num_seqs=64, speculation=options
@@ -90,10 +98,10 @@ class Judge:
     def target(self) -> TargetTensors:
         return TargetTensors.of(self.engine.backend.weights.target)
 
-    def episodes(self, module: EagleModule, prompts: list[str], seed: int) -> list[Episode]:
+    def episodes(self, module: EagleModule, texts: list[str], seed: int) -> list[Episode]:
         params = SamplingParams(max_tokens=MAX_TOKENS, seed=seed)
         return episodes_of(
-            self.engine.backend.weights.target, module.spec, self.engine.generate(prompts, params)
+            self.engine.backend.weights.target, module.spec, self.engine.generate(texts, params)
         )
 
     def taus(self, drafters: dict[str, EagleModule]) -> dict[str, float]:
@@ -120,10 +128,10 @@ class Judge:
 
 
 def retrain(
-    judge: Judge, module: EagleModule, prompts: int, steps: int, seed: int
+    judge: Judge, module: EagleModule, count: int, steps: int, seed: int
 ) -> tuple[EagleModule, list[CurvePoint]]:
     """Train a copy of `module` on new rollouts of the judge's policy; its held-out curve shows whether it converged."""
-    texts = [p.prompt for p in sample(prompts, seed=100 + seed, split="train")]
+    texts = prompts(count, seed=100 + seed, split="train")
     episodes = judge.episodes(module, texts, seed=2)
     held = len(episodes) // 10
     copied = EagleModule(module.spec, module.draft_tokens)
@@ -172,7 +180,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=32, help="problems per step")
     parser.add_argument("--group", type=int, default=8, help="answers per problem")
-    parser.add_argument("--lr", type=float, default=2e-4, help="of the policy")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="of the policy, relative to a tensor's size")
     parser.add_argument("--micro-batches", type=int, default=16, help="of the drafter per step")
     parser.add_argument("--drafter-lr", type=float, default=5e-4)
     parser.add_argument("--judged", type=int, default=96, help="held-out prompts")
@@ -181,9 +189,12 @@ def main() -> None:
     parser.add_argument("--retrain-steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if find_spec("matplotlib") is None:
+        parser.error("the plot needs matplotlib: pip install 'rollout-spec[plots]'")
     run = FollowedGrpo(
-        POLICY, speculation=False, prompts=args.prompts, group=args.group, lr=args.lr, seed=args.seed
-    )
+        POLICY, speculation=False, steps=args.steps, prompts=args.prompts, group=args.group, lr=args.lr,
+        longest_chain=LONGEST_CHAIN, max_tokens=MAX_TOKENS, seed=args.seed,
+    )  # fmt: skip
     run.follow(args.drafter, args.micro_batches, args.drafter_lr)
     judge = Judge(args.judged)
     drafters = {"frozen": read_checkpoint(args.drafter).module()}
