@@ -141,7 +141,8 @@ def test_a_failed_check_fails_the_command_after_writing_the_report(tmp_path: Pat
 
 def test_the_table_of_commands_matches_the_folder() -> None:
     folder = Path(doctor.__file__).parent
-    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(cli.COMMANDS)
+    parts = {"__init__", "bench_drafter"}  # the second is a part of `bench`
+    assert {path.stem for path in folder.glob("*.py")} - parts == set(cli.COMMANDS)
     for name in cli.COMMANDS:
         command = cli.main.get_command(click.Context(cli.main), name)
         assert isinstance(command, click.Command)

@@ -20,6 +20,7 @@ from rollout_spec.contracts import RolloutSpecError
 from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.observe.live import LiveRollouts, Meter
 from rollout_spec.observe.report import Report
+from rollout_spec.policy.baselines import Fixed
 from rollout_spec.torch_backend import backend as backend_module
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +56,19 @@ def policy(tmp_path_factory) -> Path:
     model.save_pretrained(path)
     build_tokenizer(512).save_pretrained(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _drafts(monkeypatch):
+    """Whether drafting pays on so small a policy is a matter of luck: always draft."""
+
+    def make(folder: Path, seed: int) -> RolloutEngine:
+        engine = real(folder, seed)
+        engine.backend.policy = Fixed(4)
+        return engine
+
+    real = demo._engine
+    monkeypatch.setattr(demo, "_engine", make)
 
 
 def run(*arguments: object) -> tuple[int, str]:

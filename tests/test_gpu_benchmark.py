@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rollout_spec.kernels.library import kernels
 from rollout_spec.observe.report import Report
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
@@ -139,7 +140,6 @@ def test_what_only_helps_may_be_missing(tmp_path):
         report.results["stood_in_for"] == ["click", "psutil", "rich"] and "click is not installed" in printed
     )
     notes = [note for part in report.results["parts"].values() for note in part["notes"]]
-    assert any("nf4 is not available" in note for note in notes) and any(
-        "not fitted" in note for note in notes
-    )
+    assert kernels() is not None or any("nf4 is not available" in note for note in notes)
+    assert any("not fitted" in note for note in notes)
     assert report.machine.memory_gib > 0

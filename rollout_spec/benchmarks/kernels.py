@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ class KernelBenchmark:
             engine = other._engines["stock"]
             self._pair(
                 f"over vLLM, B={batch}",
-                lambda p=prompts, e=engine: e.generate(p, params, use_tqdm=False),
+                partial(engine.generate, prompts, params, use_tqdm=False),
                 run,
                 1.0,
             )
@@ -201,7 +202,7 @@ class KernelBenchmark:
 
             name = f"speculation over plain, B={batch}"
             target = SPEEDUP[batch] if torch.get_num_threads() == 1 or batch > 1 else None
-            self._pair(name, lambda run=run: run(0), lambda run=run, k=draft_length: run(k), target)
+            self._pair(name, partial(run, 0), partial(run, draft_length), target)
             plain, drafted = ([c.token_ids for c in seen[k]] for k in (0, draft_length))
             spec = sum((c.spec for c in seen[draft_length][1:]), seen[draft_length][0].spec)
             self.ratios[name] |= {

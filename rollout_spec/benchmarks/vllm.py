@@ -155,6 +155,7 @@ class VllmBenchmark:
         decisions = getattr(scheduler(engine.llm_engine), "decisions", None)
         policy = getattr(decisions, "policy", None)
         if name.endswith(" off"):
+            assert decisions is not None
             decisions.policy = Off()
         start = time.perf_counter()
         engine.generate(list(prompts), params, use_tqdm=False)

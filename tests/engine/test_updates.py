@@ -1,6 +1,7 @@
 """The drafter follows the policy, or is set aside with one clear report; the output never depends on it."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,26 +151,19 @@ def staging_raises(engine, monkeypatch):
     monkeypatch.setattr(engine.backend.weights.drafter, "stage", stage)
 
 
-def overwrite_payload(engine, monkeypatch, value):
-    drafter, commit = engine.backend.weights.drafter, engine.backend.weights.drafter.commit
-
-    def broken(target, version):
-        commit(target, version)
-        for linear in drafter.linears.values():
-            for tensor in linear.tensors().values():
-                if tensor.is_floating_point():
-                    with torch.inference_mode():
-                        tensor.fill_(value)
-
-    monkeypatch.setattr(drafter, "commit", broken)
+def overwrite_weights(engine, monkeypatch, value):
+    drafter, stage = engine.backend.weights.drafter, engine.backend.weights.drafter.stage
+    monkeypatch.setattr(
+        drafter, "stage", lambda piece: stage(replace(piece, weight=torch.full_like(piece.weight, value)))
+    )
 
 
 def zeroed(engine, monkeypatch):
-    overwrite_payload(engine, monkeypatch, 0.0)
+    overwrite_weights(engine, monkeypatch, 0.0)
 
 
 def not_a_number(engine, monkeypatch):
-    overwrite_payload(engine, monkeypatch, float("nan"))
+    overwrite_weights(engine, monkeypatch, float("nan"))
 
 
 def raising(engine, monkeypatch):

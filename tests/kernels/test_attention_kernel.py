@@ -32,7 +32,8 @@ class Case:
             self.values,
             self.tables,
             self.sequences[rows],
-            self.lengths[rows],
+            self.first[rows],
+            self.last[rows],
         )
         return kernels.attention(*arguments)
 
