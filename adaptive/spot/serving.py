@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from rollout_spec.adaptive.spot.protocol import Tensors
 from rollout_spec.contracts import Completion, SamplingParams
@@ -88,3 +89,13 @@ class ServedEngine:
         prompts = [prompt if isinstance(prompt, str) else list(prompt) for prompt in share.prompts]
         params = share.params if isinstance(share.params, SamplingParams) else list(share.params)
         return self.engine.generate(prompts, params, seeds=share.seeds, request_ids=share.request_ids)
+
+
+class NotedEngine(ServedEngine):
+    """An engine for trainees whose drafters it could not run: it takes note of what is published."""
+
+    published: Mapping[str, Tensor] | None = None
+
+    def publish(self, tensors: Tensors, version: int) -> None:
+        """Keep it."""
+        self.published = tensors

@@ -35,10 +35,9 @@ from rollout_spec.adaptive.samples import Episode
 from rollout_spec.adaptive.spot.checkpoint import begin_from
 from rollout_spec.adaptive.spot.coordinator import SpotOptions
 from rollout_spec.adaptive.spot.local import LocalSpot
-from rollout_spec.adaptive.spot.serving import ServedEngine
+from rollout_spec.adaptive.spot.serving import NotedEngine, ServedEngine
 from rollout_spec.adaptive.spot.trainee import DrafterTrainee
 from rollout_spec.adaptive.trainer import DrafterTrainer, StepMetrics, TrainConfig
-from rollout_spec.benchmarks.spot import NotedEngine
 from rollout_spec.observe.report import Check, EvidenceLevel, Report
 
 DRAFT_LENGTH = 5

@@ -6,19 +6,17 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from torch import Tensor
 
 from rollout_spec.adaptive.spot.coordinator import SpotOptions
 from rollout_spec.adaptive.spot.group import SpotGroup
-from rollout_spec.adaptive.spot.protocol import Tensors, Trainee
-from rollout_spec.adaptive.spot.serving import ServedEngine, Share
+from rollout_spec.adaptive.spot.protocol import Trainee
+from rollout_spec.adaptive.spot.serving import NotedEngine, ServedEngine, Share
 from rollout_spec.adaptive.spot.trainee import DrafterTrainee
 from rollout_spec.adaptive.trainer import TrainConfig
 from rollout_spec.benchmarks.bootstrap import median_interval
@@ -58,16 +56,6 @@ class Neighbour:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trainee, name)
-
-
-class NotedEngine(ServedEngine):
-    """An engine for trainees whose drafters it could not run: it takes note of what is published."""
-
-    published: Mapping[str, Tensor] | None = None
-
-    def publish(self, tensors: Tensors, version: int) -> None:
-        """Keep it."""
-        self.published = tensors
 
 
 def served_policy() -> NotedEngine:

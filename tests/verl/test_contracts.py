@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -144,7 +145,7 @@ def fake_client(kind: str) -> tuple[Any, list[Any]]:
 
         def _release_server(self, server_id: str, request_id: str | None = None) -> None: ...
 
-    rollout = SimpleNamespace(name=kind, response_length=10)
+    rollout = OmegaConf.create({"name": kind, "response_length": 10})
     return Client(SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=rollout))), outputs
 
 
