@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 FULL_VENV ?= .venv-full
 TRL_VENV ?= .venv-trl
-INTEGRATION_LIMIT ?= 1500
+INTEGRATION_LIMIT ?= 2700
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
