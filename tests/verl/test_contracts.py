@@ -13,11 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 pytest.importorskip("verl")
+
+from omegaconf import OmegaConf  # noqa: E402
 
 from rollout_spec.integrations.verl import compat  # noqa: E402
 
