@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 FULL_VENV ?= .venv-full
 TRL_VENV ?= .venv-trl
+WORKERS ?= 2
 INTEGRATION_LIMIT ?= 2700
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -21,8 +22,9 @@ help: ## List the targets
 demo: $(VENV)/.installed ## Run the demo: exact speculation, on and off, on this machine
 	@$(VENV)/bin/rollout-spec demo
 
+# A file of tests at a time for each worker. Threads of a test that uses several sleep while they wait: its cores are shared.
 test: $(VENV)/.installed ## Run the CPU tests; PYTEST_ARGS='-k name' selects
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-integration: test-trl ## Run the tests that start vLLM, verl, Ray or TRL
 	@if grep -rqE "mark\.integration" tests; then $(MAKE) --no-print-directory .integration; \

@@ -93,7 +93,8 @@ class Round:
         matches = self.state.matches
         assert matches is not None
         limit = np.minimum(matches.lengths, self.room)
-        alive = np.minimum(matches.confidence, _MOST)[:, None] ** self.policy.depth
+        confidence = np.minimum(matches.confidence, _MOST)
+        alive = confidence.repeat(len(self.policy.depth)).reshape(self.batch, -1).cumprod(1)
         return self._best(alive, limit, None, self.zeros, self.zeros)
 
     def _drafted(self, arm: str, name: str) -> Candidate:
@@ -145,15 +146,21 @@ class Round:
 
     def _price(self, drafter: str | None) -> float:
         """Seconds that one more token of one sequence costs: a row to verify, a sequence in a draft step."""
-        costs, batch, context = self.policy.costs, self.batch, self.context
-        row = costs.target(batch, 4 * batch, context) - costs.target(batch, 2 * batch, context)
-        price = row / (2 * batch)
+        price = self._row_price
         if drafter is not None:
+            costs, batch, context = self.policy.costs, self.batch, self.context
             half = max(batch // 2, 1)
             price += (
                 costs.draft(drafter, batch, context) - costs.draft(drafter, half, context * half // batch)
             ) / max(batch - half, 1)
         return price
+
+    @cached_property
+    def _row_price(self) -> float:
+        costs, batch, context = self.policy.costs, self.batch, self.context
+        return (costs.target(batch, 4 * batch, context) - costs.target(batch, 2 * batch, context)) / (
+            2 * batch
+        )
 
     def _deepest(
         self, gains: list[float], active: list[int], drafter: str | None, before: np.ndarray, worth: float
@@ -168,14 +175,15 @@ class Round:
         drafting = self.policy.deciding
         if drafter is not None and history:
             drafting += costs.catching_up(drafter, batch, history)
-        best = (0, 0.0, math.inf)
+        best, step, stepped = (0, 0.0, math.inf), 0.0, 0  # `step`: seconds of one of `stepped` sequences
         for depth, (value, count) in enumerate(zip(gains, active, strict=True), 1):
             if not count:
                 break
             worth += value
             rows += count
-            if drafter is not None:
-                drafting += costs.draft(drafter, count, int(share * count))
+            if drafter is not None and count != stepped:
+                step, stepped = costs.draft(drafter, count, int(share * count)), count
+            drafting += step
             seconds = drafting + costs.target(batch, rows, context)
             gain = worth * self.plain_seconds / seconds
             if gain > best[1]:
