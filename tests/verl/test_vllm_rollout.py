@@ -148,15 +148,20 @@ ENGINE: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def llm(server_module: Any) -> Iterator[Any]:
-    """vLLM in this process, with the arguments that verl's server gives it; its weights are the policy's."""
+    """vLLM in this process, with the arguments that verl's server gives it; its weights are the policy's.
+
+    vLLM adds the extension to the bases of its worker class, for good: here it gets a class that lives no longer.
+    """
     from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer
     from vllm import LLM
+    from vllm.v1.worker import cpu_worker
 
     arguments = completed(additional_config={PLUGIN: {"drafter": "int8", "draft_length": 4}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setattr(bucketed_weight_transfer, "BucketedWeightReceiver", Buckets)
+        patch.setattr(cpu_worker, "CPUWorker", type("CPUWorker", (cpu_worker.CPUWorker,), {}))
         made = LLM(model=str(POLICY), worker_extension_cls=WORKER_EXTENSION, **ENGINE, **arguments)
         yield made
         made.llm_engine.engine_core.shutdown()
@@ -294,9 +299,9 @@ def test_buckets_are_copied(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     from rollout_spec.integrations.verl.vllm_worker import VerlWorkerExtension
 
-    def without_copies(self: Any, weights: list[Any], *rest: Any) -> None:
+    def without_copies(self: Any, weights: list[Any], **rest: Any) -> None:
         kept = [(name, tensor) for name, tensor in weights if name != "lm_head.weight"]
-        vLLMColocateWorkerExtension._update_weights(self, kept, *rest)
+        vLLMColocateWorkerExtension._update_weights(self, kept, **rest)
 
     new = changed(0.15)
     with monkeypatch.context() as patch:
