@@ -124,6 +124,17 @@ def test_reasons_for_plain_decoding(where, reason):
     assert plan.reason is reason
 
 
+def test_a_ragged_plan_costs_what_its_steps_and_its_verification_cost():
+    """A draft step has as many sequences as still draft there."""
+    made = seen(0.95)
+    where = state(3, allowed=[2, 5, 40])
+    plan, context = made.plan(where), int(where.lengths.sum())
+    active = [int((plan.draft_lengths > depth).sum()) for depth in range(plan.draft_lengths.max())]
+    assert len(set(active)) > 1
+    drafting = sum(made.costs.draft("nf4", count, context * count // 3) for count in active)
+    assert plan.seconds == pytest.approx(drafting + made.costs.target(3, 3 + sum(active), context))
+
+
 def test_never_drafts_more_than_is_allowed():
     plan = policy().plan(state(3, allowed=[1, 2, 100]))
     assert (plan.draft_lengths <= [0, 1, 99]).all()
