@@ -21,7 +21,7 @@ from rollout_spec.drafters.base import Drafter, Proposal
 logger = logging.getLogger("rollout_spec")
 
 _WATCH_TOKENS = 512  # draft tokens over which acceptance is judged while decoding
-_CONTEXTS, _CONTEXT_TOKENS = 4, 64
+_CONTEXTS, _CONTEXT_TOKENS = 2, 24  # every update pays for them, and a wrong drafter is far below the floor
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class AutomaticPolicy(SpeculationPolicy):
         if self._changed(batch):
             self._batch, self._pause = batch, 0
             for known in self._known.values():
-                known.valid = False
+                known.valid, known.weighed = False, 0
         return self._settle(round, arms, plain_seconds)
 
     def _changed(self, batch: int) -> bool:
@@ -244,11 +244,11 @@ class AutomaticPolicy(SpeculationPolicy):
             gain = 0.0
         known.often *= (1 - _OFTEN_STEP) ** (self._passes - known.looked)
         known.often += _OFTEN_STEP * (gain > 1)
-        if gain <= _NEAR:
-            known.together, known.weighed = 1.0, 0
-        elif not known.valid or self._passes - known.weighed >= _WEIGH_EVERY:
-            known.together, known.weighed = self._together(candidate, state, known.often), self._passes
-        known.gain, known.looked, known.valid = gain * known.together, self._passes, True
+        if gain > _NEAR:
+            if not known.weighed or self._passes - known.weighed >= _WEIGH_EVERY:
+                known.together, known.weighed = self._together(candidate, state, known.often), self._passes
+            gain *= known.together
+        known.gain, known.looked, known.valid = gain, self._passes, True
 
     def _with_hysteresis(self, gains: dict[str, float]) -> str:
         """A switch must promise the margin, except the one to plain decoding, taken as soon as drafting would lose."""

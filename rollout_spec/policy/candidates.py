@@ -92,10 +92,9 @@ class Round:
         """History alone: no cost but the rows to verify."""
         matches = self.state.matches
         assert matches is not None
-        limit = np.minimum(matches.lengths, self.room)
         confidence = np.minimum(matches.confidence, _MOST)
         alive = confidence.repeat(len(self.policy.depth)).reshape(self.batch, -1).cumprod(1)
-        return self._best(alive, limit, None, self.zeros, self.zeros)
+        return self._best(alive, np.minimum(matches.lengths, self.room), None, self.zeros, self.zeros)
 
     def _drafted(self, arm: str, name: str) -> Candidate:
         """A drafter with weights, behind what history proposes if the arm says so."""
@@ -133,13 +132,15 @@ class Round:
         offered: np.ndarray | None = None
         if limit.min() < len(active):
             offered = self.policy.depth <= limit[:, None]
+            alive = alive * offered
         if self.policy.ragged and self.batch > 1:
             price = self._price(drafter) * self.policy.last_gain / self.plain_seconds
             worthy = alive > (price / self.weights)[:, None]
-            if worthy.any():
-                offered = worthy if offered is None else worthy & offered
+            if worthy[:, 0].any():  # else those behind are not either
+                offered = worthy
+                alive = alive * worthy
         if offered is not None:
-            alive, active = alive * offered, offered.sum(0).tolist()
+            active = offered.sum(0).tolist()
         worth = 1.0 if certain is self.zeros else 1.0 + float(self.weights @ certain)
         depth, gain, seconds = self._deepest((self.weights @ alive).tolist(), active, drafter, before, worth)
         return Candidate(drafter, before, certain, alive, offered, depth, gain, seconds)

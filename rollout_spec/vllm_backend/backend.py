@@ -40,7 +40,7 @@ from rollout_spec.vllm_backend.arguments import engine_arguments
 from rollout_spec.vllm_backend.samples import InFlight, check_params, vllm_params
 from rollout_spec.vllm_backend.watch import Watch
 
-_CONTEXTS = 4  # recent sequences for the canary
+_CONTEXTS = 2  # recent sequences for the canary
 
 
 @dataclass(frozen=True)
