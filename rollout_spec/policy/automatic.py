@@ -35,9 +35,9 @@ _LOOKING = 0.0015  # share of the time that looks may take: rests are as long as
 _CHANGE = 8  # a batch that changes by more than this part of it is another
 _DECISION_STEP = 0.1  # weight of one decision in the time that decisions take
 _ALONE_EVERY = 16  # passes between estimates of the gain that the last sequence will have
-_FEW, _LAST_EVERY = 16, 8  # of more sequences than this, who ends last is looked up every so many passes
+_LAST_EVERY = 4  # passes between looks at who ends last, while the batch stays
 _NEAR = 0.9  # a gain below this is not looked at more closely
-_WEIGH_EVERY = 8  # passes between looks at how far sequences drift apart
+_WEIGH_EVERY = 32  # passes between looks at how far sequences drift apart
 _OFTEN_STEP = 0.03  # weight of one pass in how often an arm pays
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
 _SURE = 1.6  # a gain that is one even if plain passes are cheaper than predicted by as much as they ever were
@@ -292,10 +292,9 @@ class AutomaticPolicy(SpeculationPolicy):
         return 1.0 - self._makespan * min(lost, tau - 1.0) / tau
 
     def _last_to_finish(self, state: StepState) -> np.ndarray:
-        """P(a sequence ends last), anew in every pass: a laggard that catches up is none any more."""
+        """P(a sequence ends last), looked up often: a laggard that catches up is none any more."""
         when, slots, last = self._last
-        old = self._passes - when >= _LAST_EVERY or len(slots) <= _FEW
-        if old or not np.array_equal(slots, state.slots):
+        if self._passes - when >= _LAST_EVERY or not np.array_equal(slots, state.slots):
             last = self.lengths.last_to_finish(state.outputs, state.allowed)
             self._last = self._passes, state.slots, last
         return last

@@ -13,7 +13,7 @@ from rollout_spec.policy.simulator import makespan, simulate
 from rollout_spec.policy.workloads import SYNTHETIC
 
 COSTS = from_datasheet(DEVICES["H200"], QWEN2_5_7B)
-SEEDS = 4
+SEEDS = 2
 WITHIN = (
     "long_tail",
     "jumping_batch",

@@ -30,6 +30,7 @@ SMALL = (
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
     "trainer.logger=[file]",
 )
+_LONGEST = 400  # seconds; a run takes half of that on an idle machine
 DRAFTS = f"+{OURS}.speculation={{drafter:int8,draft_length:4}}"
 
 
@@ -62,7 +63,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run_example(folder: Path, script: str, *settings: str, **environment: str) -> Run:
-    """Run an example, small and recorded, for 240 seconds at most; of `environment`, PYTHONPATH comes on top."""
+    """Run an example, small and recorded, for `_LONGEST` seconds at most; of `environment`, PYTHONPATH comes on top."""
     write_problems(folder / "data")
     helpers = [environment.pop("PYTHONPATH", ""), str(Path(__file__).parent)]
     started = time.monotonic()
@@ -87,7 +88,7 @@ def run_example(folder: Path, script: str, *settings: str, **environment: str) -
             start_new_session=True,
         )
         try:
-            status = process.wait(timeout=240)
+            status = process.wait(timeout=_LONGEST)
         except subprocess.TimeoutExpired:
             status = -1
         finally:
