@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ from rollout_spec.policy.records import Matches, Plan, Reason, SpeculationPolicy
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = 64  # of every answer: all end together, which is where tokens ahead of the others are worth least
+_FEW_TOKENS, _LARGE = (
+    24,
+    16,
+)  # of answers in larger batches: the machine changes less during a short comparison
 _PROMPT = 20  # characters: answers to such prompts are longer than that, so that all text is the policy's own
 _LEAST_SECONDS, _MOST_TRIPLES = 20.0, 25  # short runs are repeated until they have taken as long, or as often
 _USELESS = 4.0  # relative noise on the drafter's weights that leaves nothing of it
@@ -47,15 +51,17 @@ class NeverSlower:
             plain time / the second, and the number of triples.
     """
 
-    def __init__(self, path: Path, pairs: int, seed: int, console: Console) -> None:
-        self.path, self.pairs, self.seed, self.console = path, pairs, seed, console
+    def __init__(
+        self, path: Path, pairs: int, seed: int, console: Console, batches: Sequence[int] = BATCHES
+    ) -> None:
+        self.path, self.pairs, self.seed, self.console, self.batches = path, pairs, seed, console, batches
         self.ratios: dict[str, dict[str, Any]] = {}
         self.engine = RolloutEngine.from_pretrained(
             path,
             seed=seed,
             max_model_len=512,
-            max_num_seqs=max(BATCHES),
-            kv_cache_tokens=max(BATCHES) * 192,
+            max_num_seqs=max(batches),
+            kv_cache_tokens=max(batches) * 192,
             speculation=_speculation() | {"canary": False, "canary_min_acceptance": 0.0},
         )
         self.drafter = self.engine.stats().drafter
@@ -83,8 +89,9 @@ class NeverSlower:
     def _sweep(self, situation: str, before: Callable[[], None]) -> None:
         engine, backend = self.engine, self.engine.backend
         automatic, off = AutomaticPolicy(self.calibration.cost_model, seed=self.seed), Off()
-        params = SamplingParams(max_tokens=_TOKENS, ignore_eos=True)
-        for batch in BATCHES:
+        for batch in self.batches:
+            tokens = _FEW_TOKENS if batch > _LARGE else _TOKENS
+            params = SamplingParams(max_tokens=tokens, ignore_eos=True)
             triples: list[tuple[float, float, float]] = []
 
             def run(policy: SpeculationPolicy, prompts: list[str]) -> float:
@@ -108,7 +115,7 @@ class NeverSlower:
             self.ratios[name] = row | {
                 "plain_over_plain": _ratios(first / second),
                 "triples": len(triples),
-                "tokens": _TOKENS,
+                "tokens": tokens,
                 "plain_seconds": round(float(np.median(first)), 4),
             }
             self.console.print(

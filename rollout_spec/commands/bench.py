@@ -14,7 +14,12 @@ from rich.table import Table
 
 from rollout_spec.benchmarks.engine import EngineBenchmark
 from rollout_spec.benchmarks.longtail import RULES, LongTail
-from rollout_spec.benchmarks.never_slower import NeverSlower, decision_microseconds, toggling_overhead
+from rollout_spec.benchmarks.never_slower import (
+    BATCHES,
+    NeverSlower,
+    decision_microseconds,
+    toggling_overhead,
+)
 from rollout_spec.commands.bench_drafter import adaptive, capture, spot
 from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.example_policy import SIZES, expanded_policy
@@ -146,12 +151,15 @@ def longtail(size: str, batch: tuple[str, ...], draws: int, seed: int, json_path
     show_default=True,
     help="Comparisons per batch size, at least.",
 )
+@click.option(
+    "--batch", "batches", type=click.IntRange(1, 128), multiple=True, help="Only this size; may be repeated."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
 @report_options
-def never_slower(size: str, pairs: int, seed: int, json_path: Path | None) -> None:
+def never_slower(size: str, pairs: int, batches: tuple[int, ...], seed: int, json_path: Path | None) -> None:
     """Automatic mode against plain decoding at every batch size, with a useful and a useless drafter, and updates."""
     console = Console()
-    sweep = NeverSlower(expanded_policy(size), pairs, seed, console)
+    sweep = NeverSlower(expanded_policy(size), pairs, seed, console, batches or BATCHES)
     sweep.useful()
     sweep.useless()
     sweep.updated()
