@@ -90,8 +90,6 @@ class NeverSlower:
         engine, backend = self.engine, self.engine.backend
         automatic, off = AutomaticPolicy(self.calibration.cost_model, seed=self.seed), Off()
         for batch in self.batches:
-            tokens = _FEW_TOKENS if batch > _LARGE else _TOKENS
-            params = SamplingParams(max_tokens=tokens, ignore_eos=True)
             triples: list[tuple[float, float, float]] = []
 
             def run(policy: SpeculationPolicy, prompts: list[str]) -> float:
@@ -99,7 +97,7 @@ class NeverSlower:
                 backend.history = self._history if policy is automatic else None
                 before()
                 start = time.perf_counter()
-                engine.generate(prompts, params)
+                engine.generate(prompts, SamplingParams(max_tokens=_tokens(len(prompts)), ignore_eos=True))
                 return time.perf_counter() - start
 
             with self.console.status(f"{situation}, B={batch}"):
@@ -115,13 +113,18 @@ class NeverSlower:
             self.ratios[name] = row | {
                 "plain_over_plain": _ratios(first / second),
                 "triples": len(triples),
-                "tokens": tokens,
+                "tokens": _tokens(batch),
                 "plain_seconds": round(float(np.median(first)), 4),
             }
             self.console.print(
                 f"{name}: {row['median_ratio']:.3f} ({row['lower_95']:.3f}-{row['upper_95']:.3f})",
                 highlight=False,
             )
+
+
+def _tokens(batch: int) -> int:
+    """Of every answer."""
+    return _FEW_TOKENS if batch > _LARGE else _TOKENS
 
 
 def _long_prompts(seed: int) -> Iterator[str]:
