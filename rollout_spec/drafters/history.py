@@ -182,9 +182,10 @@ class History:
     def propose(self, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The first `counts` [B] tokens that the latest `match` of `slots` [B] found: int64 [B, max(counts)].
 
-        The rows are padded with 0; a count is at most that match's length.
+        The rows are padded with 0, also where a count exceeds that match's length.
         """
         width = int(counts.max(initial=0))
+        counts = np.minimum(counts, self._count[slots])
         drafts = self._drafts[slots, :width].astype(np.int64)
         return np.where(np.arange(width) < counts[:, None], drafts, 0)
 

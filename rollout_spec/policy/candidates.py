@@ -146,7 +146,10 @@ class Round:
         return Candidate(drafter, before, certain, alive, offered, depth, gain, seconds)
 
     def _price(self, drafter: str | None) -> float:
-        """Seconds that one more token of one sequence costs: a row to verify, a sequence in a draft step."""
+        """Seconds that one more token of one sequence costs: a row to verify, a sequence in a draft step.
+
+        Never below 0, though measured passes may say so: what is not on offer must not look worth it.
+        """
         price = self._row_price
         if drafter is not None:
             costs, batch, context = self.policy.costs, self.batch, self.context
@@ -154,7 +157,7 @@ class Round:
             price += (
                 costs.draft(drafter, batch, context) - costs.draft(drafter, half, context * half // batch)
             ) / max(batch - half, 1)
-        return price
+        return max(price, 0.0)
 
     @cached_property
     def _row_price(self) -> float:

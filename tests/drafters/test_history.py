@@ -483,6 +483,15 @@ def test_confidence_starts_open_learns_by_source_and_fades_with_an_update():
     assert h.match(ids(1), ids(4)).confidence.tolist() == [0.0]
 
 
+def test_more_than_was_found_is_padding():
+    h = History()
+    h.begin(0, ids(50))
+    emit(h, 0, 1, 2, 3, 1, 2)
+    found = h.match(ids(0), ids(2)).lengths
+    assert found.tolist() == [2]
+    assert h.propose(ids(0), found + 3).tolist() == [[3, 1, 0, 0, 0]]
+
+
 def test_nothing_is_proposed_where_nothing_is_allowed():
     h = History()
     h.begin(0, ids(50))

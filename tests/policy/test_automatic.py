@@ -124,6 +124,21 @@ def test_reasons_for_plain_decoding(where, reason):
     assert plan.reason is reason
 
 
+def test_nothing_beyond_what_is_on_offer_is_planned_even_if_more_rows_were_seen_to_take_less_time():
+    batch, rng = 32, np.random.default_rng(0)
+    made = policy()
+    for _ in range(20):
+        made.costs.observe_target(batch, 2 * batch, 100 * batch, 0.4)
+        made.costs.observe_target(batch, 4 * batch, 100 * batch, 0.01)
+    planned = 0
+    for _ in range(50):
+        matches = Matches(rng.integers(0, 9, batch), rng.uniform(0.5, 1.0, batch))
+        plan = made.plan(state(batch, matches=matches))
+        assert (plan.from_history <= matches.lengths).all()
+        planned += int(plan.from_history.sum())
+    assert planned > 0
+
+
 def test_a_ragged_plan_costs_what_its_steps_and_its_verification_cost():
     """A draft step has as many sequences as still draft there."""
     made = seen(0.95)
