@@ -21,7 +21,7 @@ from rollout_spec.drafters.base import Drafter, Proposal
 logger = logging.getLogger("rollout_spec")
 
 _WATCH_TOKENS = 512  # draft tokens over which acceptance is judged while decoding
-_CONTEXTS, _CONTEXT_TOKENS = 2, 24  # every update pays for them, and a wrong drafter is far below the floor
+CONTEXTS, _CONTEXT_TOKENS = 2, 24  # every update pays for them, and a wrong drafter is far below the floor
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class DrafterGuard:
         self.canary_acceptance: float | None = None
         self._set_aside = False
         self._tried = self._accepted = 0
-        self._contexts: deque[np.ndarray] = deque(maxlen=_CONTEXTS)
+        self._contexts: deque[np.ndarray] = deque(maxlen=CONTEXTS)
 
     @property
     def contexts(self) -> Sequence[np.ndarray]:

@@ -16,7 +16,6 @@ _PRIOR = 8.0  # passes (in units of gain) after which what was seen weighs as mu
 _MEMORY = 400.0  # passes of an arm over which what was seen loses weight 1/e
 _SPREAD = 0.5  # how wrong a prediction may be (standard deviation of the log), for optimism
 _BUCKET_SPREAD = 0.15  # and by how much more one bucket differs from another
-_MOST_OPTIMISM = math.exp(math.hypot(_SPREAD, _BUCKET_SPREAD))  # about an arm of which nothing was seen
 _SAVINGS = 8.0  # plain passes that the exploration budget may save up
 _LEAST_LOSS = 0.02  # of a plain pass: no trial counts as free
 _CLIP = 8.0  # one pass may not say more than this factor
@@ -86,7 +85,7 @@ class Arbiter:
         """
         self._budget = min(self._budget + self.explore_share * seconds * passes, _SAVINGS * seconds)
         for arm, gain in gains.items():
-            if arm in (best, self.arms[0]) or gain * _MOST_OPTIMISM <= gains[best]:
+            if arm in (best, self.arms[0]) or gain <= 0:
                 continue
             here = _BUCKET_SPREAD**2 / (1 + self._bucket[arm][self._index(batch)].predicted / _PRIOR)
             anywhere = _SPREAD**2 / (1 + self._pooled[arm].predicted / _PRIOR)

@@ -27,7 +27,7 @@ from rollout_spec.contracts import (
     WeightError,
     invalid,
 )
-from rollout_spec.drafters.guard import DrafterReport
+from rollout_spec.drafters.guard import CONTEXTS, DrafterReport
 from rollout_spec.integrations.vllm import compat_worker as compat
 from rollout_spec.integrations.vllm.weights import WeightUpdate, set_version, states
 from rollout_spec.integrations.vllm.worker import StampedDrafter
@@ -39,8 +39,6 @@ from rollout_spec.torch_backend.weights import UpdateReport
 from rollout_spec.vllm_backend.arguments import engine_arguments
 from rollout_spec.vllm_backend.samples import InFlight, check_params, vllm_params
 from rollout_spec.vllm_backend.watch import Watch
-
-_CONTEXTS = 2  # recent sequences for the canary
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class VllmBackend:
         self._in_flight: dict[str, InFlight] = {}
         self._early: list[Sample] = []  # ended while something else was being done
         self._names = itertools.count()
-        self._recent: deque[list[int]] = deque(maxlen=_CONTEXTS)
+        self._recent: deque[list[int]] = deque(maxlen=CONTEXTS)
         self._update: WeightUpdate | None = None
         self.engine.collective_rpc("rollout_spec_start", args=(version,))
         set_version(self.engine, version)
