@@ -53,6 +53,7 @@ def install() -> None:
     after_import("vllm.v1.worker.gpu_model_runner", compat_worker.skip_idle_drafting)
     after_import("vllm.v1.engine.core", take_only_drafts)
     after_import("vllm.v1.worker.gpu.model_runner", compat_v2.rebind_init_speculator)
+    after_import("vllm.v1.worker.gpu_worker", compat_worker.watch_sleep)
     after_import("vllm.v1.worker.cpu_worker", hush_thread_warning)
     after_import("vllm.v1.engine.input_processor", sampling.admit)
     after_import("vllm.v1.core.sched.scheduler", sampling.schedule_fewer)

@@ -1,14 +1,15 @@
-"""The part of `compat` that touches vLLM's V2 model runner, its default on GPUs.
-
-It was not run on a GPU: see docs/vllm-versions.md for what was.
-"""
+"""The part of `compat` that touches vLLM's V2 model runner, its default on GPUs: docs/vllm-versions.md says what ran there."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from rollout_spec.contracts import invalid
 from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
@@ -63,3 +64,62 @@ def refuse_v2(vllm_config: Any, module: ModuleType) -> None:
             vllm_config.speculative_config.method,
             f"the V2 model runner of this vLLM drafts at one length only; install vllm>=0.32, or {V1}",
         )
+
+
+def watch_proposing(
+    runner: Any,
+    allowed: Callable[[], bool],
+    failed: Callable[[Exception], None],
+    told: Callable[[dict[str, Any]], None],
+) -> None:
+    """What `compat_worker.watch_drafting` is for the V1 runner.
+
+    This runner has promised the scheduler its drafts before it asks for them, so where nothing may be drafted it gets
+    guesses. Speculators without a model (n-grams) have nothing that could be stale or fail, and are asked as ever.
+    """
+    speculator = runner.speculator
+    if getattr(speculator.propose, "rollout_spec", False):
+        return
+    execute, propose = runner.execute_model, speculator.propose
+    guesses = hasattr(speculator, "draft_logits")
+    alone = (
+        runner.vllm_config.parallel_config.tensor_parallel_size == 1
+    )  # ranks that part would wait for each other
+
+    @functools.wraps(execute)
+    def listening(scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        figures = getattr(scheduler_output, "rollout_spec", None)
+        if figures is not None:
+            told(figures)
+        return execute(scheduler_output, *args, **options)
+
+    @functools.wraps(propose)
+    def watched(input_batch: Any, *args: Any, **options: Any) -> Any:
+        count = options.get("num_speculative_tokens")
+        if not guesses or count == 0 or options.get("dummy_run"):
+            return propose(input_batch, *args, **options)
+        if allowed():
+            try:
+                return propose(input_batch, *args, **options)
+            except Exception as error:
+                if not alone:
+                    raise
+                failed(error)
+        slots = input_batch.idx_mapping[: input_batch.num_reqs]
+        return guess_blindly(speculator, slots, speculator.num_speculative_steps if count is None else count)
+
+    watched.rollout_spec = True  # type: ignore[attr-defined]
+    runner.execute_model, speculator.propose = listening, watched
+
+
+def guess_blindly(speculator: Any, slots: Tensor, count: int) -> Tensor:
+    """Drafts int64 [B, K_max] for the requests in `slots` [B], of which `count` columns are token 0.
+
+    They come from a distribution that is certain of it, which is judged as exactly as any other.
+    """
+    drafts: Tensor = speculator.draft_tokens[: len(slots)]
+    drafts[:, :count] = 0
+    if speculator.draft_logits is not None:
+        speculator.draft_logits[slots.long(), :count] = -torch.inf
+        speculator.draft_logits[slots.long(), :count, 0] = 0.0
+    return drafts

@@ -1,6 +1,6 @@
 """The part of `compat` that touches vLLM's worker: reloading in place, plain passes, and decoding without drafts.
 
-Written against vLLM's V1 runner. Each function says what it relies on; `tests/vllm/test_updates.py` fails when one of
+Each function says what it relies on; `tests/vllm/test_updates.py` fails when one of
 them no longer fits.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rollout_spec.contracts import RolloutSpecError, invalid
+from rollout_spec.integrations.vllm.compat_v2 import watch_proposing
 from rollout_spec.integrations.vllm.hidden_states import capturing
 from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
 from rollout_spec.integrations.vllm.sampling import rebind
@@ -38,6 +39,40 @@ def attached_policy(runner: Any) -> WorkerPolicy | None:
     return policy
 
 
+def drafter_of(runner: Any) -> Any:
+    """What drafts, None without one; the V2 runner calls it its speculator."""
+    return getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
+
+
+def watch_sleep(module: ModuleType) -> None:
+    """Touch `vllm.v1.worker.gpu_worker`: let a worker know whether its KV cache has memory.
+
+    Trainers wake the weights, bring new ones, and wake the cache last; until then a pass of a model would read what
+    is not there. vLLM keeps this in the executor, where no worker sees it.
+    """
+    rebind(module.Worker, "sleep", _tell_asleep)
+    rebind(module.Worker, "wake_up", _tell_awake)
+
+
+def _tell_asleep(sleep: Callable[..., None]) -> Callable[..., None]:
+    def telling(self: Any, *args: Any, **options: Any) -> None:
+        sleep(self, *args, **options)
+        self.rollout_spec_cache_asleep = True
+
+    return telling
+
+
+def _tell_awake(wake_up: Callable[..., None]) -> Callable[..., None]:
+    def telling(self: Any, tags: Any = None) -> None:
+        wake_up(self, tags)
+        if tags is None or "kv_cache" in tags:
+            self.rollout_spec_cache_asleep = False
+            if hasattr(self, "rollout_spec_cache_woke"):
+                self.rollout_spec_cache_woke()
+
+    return telling
+
+
 def watch_drafting(
     runner: Any,
     allowed: Callable[[], bool],
@@ -51,6 +86,9 @@ def watch_drafting(
     vLLM lets an exception in a drafter end the engine. Wraps the method of this one runner; `K = 0` in the scheduler's
     output is vLLM's own way to say that nothing is to be drafted.
     """
+    if hasattr(runner, "speculator"):
+        watch_proposing(runner, allowed, failed, told)
+        return
     if getattr(runner.propose_draft_token_ids, "rollout_spec", False):
         return
     propose = runner.propose_draft_token_ids

@@ -1,7 +1,7 @@
 """The quantized self-drafter in vLLM's V2 model runner, the default on GPUs: it shares the target's KV cache.
 
-The V2 runner needs Triton, so this file has not run on a GPU: `tests/vllm/test_v2_dry.py` runs it on
-CPU over vLLM's own base classes with stand-ins for the runner's inputs, and the contract tests hold every name it uses
+The V2 runner needs Triton: `benchmarks/gpu/vllm_cells.py` runs this file on a GPU, `tests/vllm/test_v2_dry.py` on CPU
+over vLLM's own base classes with stand-ins for the runner's inputs, and the contract tests hold every name it uses
 against released sources. What it writes, and why that is safe, is told in `self_drafter.py`; here nothing is read
 back to the host, so every request that must not draft in this step gets the index -1, for which vLLM's kernels write no
 keys, no values and no draft probabilities.
@@ -20,6 +20,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
+from rollout_spec.integrations.vllm.compat_v2 import guess_blindly
 from rollout_spec.integrations.vllm.refusals import check_layers
 
 try:
@@ -131,8 +132,7 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
                     raise
                 self.set_aside = f"it raised {type(error).__name__}: {error}"
                 logger.error("the self-drafter is set aside: %s", self.set_aside, exc_info=error)
-        self._guess_blindly(slots, count)
-        return self.draft_tokens[:batch]
+        return guess_blindly(self, slots, count)
 
     def revive(self) -> None:
         """Draft again: the weights are new."""
@@ -176,14 +176,6 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
             tokens = torch.where(drafting, sampled, 0)  # of index -1 it is whatever memory held
             self.draft_tokens[:batch, step] = tokens
             position = position + 1
-
-    def _guess_blindly(self, slots: Tensor, count: int) -> None:
-        """The scheduler counts on `count` drafts: token 0, from a distribution that is certain of it, which is judged
-        as exactly as any other."""
-        self.draft_tokens[: len(slots), :count] = 0
-        if self.draft_logits is not None:
-            self.draft_logits[slots.long(), :count] = -torch.inf
-            self.draft_logits[slots.long(), :count, 0] = 0.0
 
     def _forward(self, input_batch: Any, batch: int, step: int, skip_attn: bool) -> Tensor:
         metadata = mapping = None

@@ -299,6 +299,13 @@ WEIGHTS = (
         why="rows that pad the vocabulary are never sent",
     ),
     touch("weights", f"{_RUNNER}.get_model", "self", why="the target"),
+    touch("weights", "vllm.v1.worker.gpu_worker:Worker.sleep", "self, level=", why="wrapped"),
+    touch(
+        "weights",
+        "vllm.v1.worker.gpu_worker:Worker.wake_up",
+        "self, tags=",
+        why="wrapped: the canary waits for it",
+    ),
     touch("weights", "vllm.v1.engine.llm_engine:LLMEngine.sleep", "self, level=, mode=", why="pauses"),
     touch("weights", "vllm.v1.engine.llm_engine:LLMEngine.wake_up", "self, tags=", why="goes on"),
     touch(

@@ -31,6 +31,13 @@ DRAFTER_V2 = (
     ),
     touch(
         "drafter_v2",
+        f"{_GPU}.model_runner:GPUModelRunner.execute_model",
+        "self, scheduler_output, ...",
+        why="wrapped: the scheduler's figures travel with its output",
+    ),
+    touch("drafter_v2", f"{_GPU}.model_runner:GPUModelRunner", ("speculator",), why="its propose is wrapped"),
+    touch(
+        "drafter_v2",
         f"{_GPU}.spec_decode:init_speculator",
         "vllm_config, device",
         "vllm_config, device, req_states",

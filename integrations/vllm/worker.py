@@ -48,6 +48,7 @@ class WorkerPolicy:
         decisions: What the scheduler had decided when it told last: see `PolicyScheduler.figures`. It tells when the
             policy looks, and now and then while it rests.
         quantize_seconds: What the drafter's part of the update under way has taken.
+        unjudged: Contexts for a canary that waits for the KV cache to wake; None if none waits.
     """
 
     version: int
@@ -58,6 +59,7 @@ class WorkerPolicy:
     decisions: dict[str, Any] = field(default_factory=dict)
     quantize_seconds: float = 0.0
     loading: list[nn.Module] = field(default_factory=list)
+    unjudged: Sequence[Sequence[int]] | None = None
 
     @property
     def drafts(self) -> bool:
@@ -71,6 +73,7 @@ class WorkerExtension:
 
     model_runner: Any
     vllm_config: Any
+    rollout_spec_cache_asleep = False
 
     def rollout_spec_start(self, version: int) -> None:
         """Stamp the loaded policy, and the drafter made from it, with a version."""
@@ -96,12 +99,13 @@ class WorkerExtension:
     def rollout_spec_state(self) -> dict[str, Any]:
         """Versions, the guard's reports, the canary's finding and the scheduler's decisions, as plain values.
 
+        `canary_due` says that the last update came while the KV cache slept: the canary runs when it wakes.
         Of `decisions` there is nothing before the first step after the first call, and nothing without a drafter.
         """
         policy = self._rollout_spec_policy()
         drafter = policy.drafter
         reports = [asdict(report) for report in policy.guard.reports]
-        broken = getattr(getattr(self.model_runner, "drafter", None), "set_aside", None)
+        broken = getattr(compat.drafter_of(self.model_runner), "set_aside", None)
         if broken is not None:
             message = (
                 f"the self-drafter is set aside: {broken}; decoding plainly until the next weight update"
@@ -117,6 +121,7 @@ class WorkerExtension:
             "reports": reports,
             "decisions": policy.decisions,
             "canary_acceptance": policy.guard.canary_acceptance,
+            "canary_due": policy.unjudged is not None,
         }
 
     def rollout_spec_capture(self, function: str) -> None:
@@ -155,7 +160,8 @@ class WorkerExtension:
     def rollout_spec_finish_update(
         self, version: int, contexts: Sequence[Sequence[int]] = ()
     ) -> dict[str, Any]:
-        """Put what was loaded in force under `version`, and run the canary. The KV cache must be empty.
+        """Put what was loaded in force under `version`, and run the canary, or note that it waits for the KV cache,
+        which must be empty.
 
         Raises:
             WeightError: Weights are missing; nothing is in force until a complete update succeeds.
@@ -179,9 +185,19 @@ class WorkerExtension:
                     policy.drafter.version = version
         self.model_runner.reset_lora_state()
         policy.version, policy.whole, policy.loading = version, True, []
-        self._rollout_spec_judge(contexts)
+        policy.unjudged = contexts
+        if not self.rollout_spec_cache_asleep:
+            self.rollout_spec_cache_woke()
         self._rollout_spec_publish()
         return {"quantize_seconds": policy.quantize_seconds} | self.rollout_spec_state()
+
+    def rollout_spec_cache_woke(self) -> None:
+        """The KV cache has memory, and nothing in it that is needed: run the canary that waits for it, if one does."""
+        policy = compat.attached_policy(self.model_runner)
+        if policy is not None and policy.unjudged is not None:
+            contexts, policy.unjudged = policy.unjudged, None
+            self._rollout_spec_judge(contexts)
+            self._rollout_spec_publish()
 
     def rollout_spec_abandon_update(self) -> None:
         """Put the models together again after a failed update; their weights are a mixture and of no version."""
@@ -231,7 +247,7 @@ class WorkerExtension:
         for tokens in contexts:
             policy.guard.remember(np.asarray(tokens))
         version = policy.version if policy.follows else policy.drafter.version
-        drafter = getattr(self.model_runner, "drafter", None)
+        drafter = compat.drafter_of(self.model_runner)
         if drafter is not None and hasattr(
             drafter, "revive"
         ):  # a self-drafter that had failed has new weights

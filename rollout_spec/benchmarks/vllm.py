@@ -37,7 +37,8 @@ class VllmBenchmark:
 
     Attributes:
         ratios: By name: median and interval of one's time over the other's, and the pairs.
-        dtype, drafter: `bfloat16` where the CPU multiplies it natively, else `float32`; the kind of drafter.
+        dtype, drafter: `bfloat16` on a GPU and where the CPU multiplies it natively, else `float32`; the kind of drafter.
+        on_gpu: Whether vLLM runs on a GPU, with graphs then.
         notes: KV blocks of every engine, what the plugin decided.
     """
 
@@ -49,9 +50,10 @@ class VllmBenchmark:
         self.path, self.pairs, self.seed, self.console = path, pairs, seed, console
         self.ratios: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {}
-        native = {"avx512_bf16", "amx_bf16"} & set(cpu_model()[1])
+        self.on_gpu = torch.cuda.is_available()
+        native = self.on_gpu or {"avx512_bf16", "amx_bf16"} & set(cpu_model()[1])
         self.dtype = "bfloat16" if native else "float32"
-        self.drafter = usual_quantizer("cpu", getattr(torch, self.dtype))
+        self.drafter = "nf4" if self.on_gpu else usual_quantizer("cpu", getattr(torch, self.dtype))
         self._llm_arguments = llm_arguments
         self._prompts = iter(load_problems().prompts(4096, seed, "test"))
         self._engines: dict[str, Any] = {}
@@ -124,7 +126,7 @@ class VllmBenchmark:
             engine = LLM(
                 **{"model": str(self.path)} | dict(arguments),
                 dtype=self.dtype,
-                enforce_eager=True,
+                enforce_eager=not self.on_gpu,
                 max_model_len=_MAX_LEN,
                 max_num_seqs=max(BATCHES),
                 kv_cache_memory_bytes=_KV_BYTES,

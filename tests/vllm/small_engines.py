@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.example_policy import example_folder, load_problems
 
-DRAFTER = usual_quantizer("cpu", torch.float32)  # for tests that do not care which
+DRAFTER = (
+    "nf4" if torch.cuda.is_available() else usual_quantizer("cpu", torch.float32)
+)  # for tests that do not care
 POLICY = str(example_folder() / "policy")
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -292,6 +293,34 @@ def test_sleep_level_2_needs_new_weights(intact, prompts) -> None:
         engine.generate(prompts[0], PARAMS)
     engine.update_weights(tensors(POLICY))
     assert outputs(engine, prompts)[:4] == before and engine.stats().reports == ()
+
+
+def test_the_canary_waits_for_a_kv_cache_that_sleeps(intact, prompts, monkeypatch) -> None:
+    """Trainers wake the weights, update them and wake the cache last. Only a GPU's cache sleeps: simulated here."""
+    engine = intact
+    worker = engine.backend.engine.model_executor.driver_worker.worker
+    passes = []
+    judge = type(worker)._rollout_spec_judge
+    monkeypatch.setattr(type(worker), "_rollout_spec_judge", lambda *given: passes.append(1) or judge(*given))
+
+    class Worker:  # vLLM's, in so far as it sleeps; the touch is made on it as on vLLM's own
+        def sleep(self, level=1):
+            pass
+
+        def wake_up(self, tags=None):
+            pass
+
+    compat_worker.watch_sleep(SimpleNamespace(Worker=Worker))
+    Worker.sleep(worker)
+    Worker.wake_up(worker, ["weights"])
+    engine.update_weights(tensors(POLICY))
+    state = weights.states(engine.backend.engine)[0]
+    assert not passes and state["canary_due"] and state["version"] == state["drafter_version"]
+    Worker.wake_up(worker, ["kv_cache"])
+    state = weights.states(engine.backend.engine)[0]
+    assert len(passes) == 1 and not state["canary_due"] and state["canary_acceptance"] > 0.9
+    engine.update_weights(tensors(POLICY))
+    assert len(passes) == 2
 
 
 def discard(engine):

@@ -347,6 +347,37 @@ def test_a_drafter_that_raises_is_set_aside_and_its_guesses_are_judged_as_guesse
     assert step(dry, (2, A, 0, 1), num_speculative_tokens=2)[0, :2].tolist() == continuation(A, 2)
 
 
+def test_a_drafter_that_may_not_draft_leaves_guesses(dry, monkeypatch):
+    """What stale and broken drafters meet on this runner, which must hand over as many drafts as it promised."""
+    from rollout_spec.integrations.vllm.compat_v2 import watch_proposing
+
+    allowed, failures, figures = [True], [], []
+    parallel = Record(tensor_parallel_size=1)
+    runner = Record(
+        speculator=dry.speculator,
+        execute_model=lambda output: "executed",
+        vllm_config=Record(parallel_config=parallel),
+    )
+    with monkeypatch.context() as watched:
+        watched.setattr(dry.speculator, "propose", dry.speculator.propose)
+        watch_proposing(runner, lambda: allowed[0], failures.append, figures.append)
+        watch_proposing(runner, lambda: False, failures.append, figures.append)  # once is enough
+        assert runner.execute_model(Record(rollout_spec={"reasons": 1})) == "executed" and figures == [
+            {"reasons": 1}
+        ]
+        assert step(dry, (2, A, 0, 1), num_speculative_tokens=2)[0, :2].tolist() == continuation(A, 2)
+        allowed[0] = False
+        forwards = dry.speculator.forwards
+        assert step(dry, (2, A, 0, 1), num_speculative_tokens=2)[0, :2].tolist() == [0, 0]
+        assert dry.speculator.forwards == forwards
+        assert (dry.speculator.draft_logits[2, :2].softmax(-1)[:, 0] == 1).all()
+        allowed[0] = True
+        watched.setattr(dry.speculator, "_draft", lambda *given: 1 / 0)
+        watched.setattr(dry.speculator, "_alone", False)  # so that it raises, as vLLM's own would
+        assert step(dry, (2, A, 0, 1), num_speculative_tokens=2)[0, :2].tolist() == [0, 0]
+        assert [type(error) for error in failures] == [ZeroDivisionError]
+
+
 def test_nonsense_from_the_drafter_becomes_a_distribution(dry):
     """Were q not a number, the verifier's residual would be none either."""
     logits = torch.tensor(
