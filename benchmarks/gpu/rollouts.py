@@ -47,21 +47,27 @@ class Rig:
 _RIGS: dict[tuple[str, str], Rig] = {}
 
 
-def rig(bench: Bench, part: Part, size: str, via: str) -> Rig:
-    """What rollouts of this size need: graphs captured, passes calibrated. Kept while the drafter stays."""
+def rig(bench: Bench, part: Part, size: str, via: str) -> Rig | None:
+    """What rollouts of this size need: graphs captured, passes calibrated. Kept while the drafter stays.
+
+    None if the time was over before it was calibrated.
+    """
     lab, before = bench.lab(size), bench.lab(size).backend.weights.drafter
     drafter = lab.use(bench.kind(size))
     if drafter is not before or (size, via) not in _RIGS:
         for stale in [key for key in _RIGS if key[0] == size and drafter is not before]:
             del _RIGS[stale]
-        _RIGS[size, via] = _build(bench, part, lab, via)
+        built = _build(bench, part, lab, via)
+        if built is None:
+            return None
+        _RIGS[size, via] = built
     return _RIGS[size, via]
 
 
-def _build(bench: Bench, part: Part, lab: Lab, via: str) -> Rig:
+def _build(bench: Bench, part: Part, lab: Lab, via: str) -> Rig | None:
     scale, drafter = bench.scale, lab.use(bench.kind(lab.size))
     context = PROMPT + max(scale.longest_output, scale.lone_outputs)
-    most, Ks = max(scale.samples, *scale.batches), sorted({2, *scale.draft_lengths})
+    most, Ks = max(scale.samples, *scale.batches), sorted({1, 2, *scale.draft_lengths})
     batches = [*(B for B in (1, 4, 16, 64) if most > B), most]
     passes = Passes.of(lab, buckets(batches, Ks), context) if via == "graphs" else None
     timings: list[PassTiming] = []
@@ -70,6 +76,8 @@ def _build(bench: Bench, part: Part, lab: Lab, via: str) -> Rig:
         turns = Turns([0, *Ks], _CALIBRATION_ROUNDS)
         roll(lab, turns, [length] * B, [length + room] * B, TAIL_ALPHA, passes)
         timings += turns.timings
+    if part.spent:
+        return None
     try:
         return Rig(lab, passes, fit(timings), f"{len(timings)} measured passes")
     except ImportError as error:
@@ -85,6 +93,8 @@ def makespan(bench: Bench, part: Part) -> None:
     for via, size in part.each(list(product(("graphs", "engine"), reversed(bench.sizes)))):
         with part.attempt(f"{size}, {via}"):
             found = rig(bench, part, size, via)
+            if found is None:
+                continue
             rolled: dict[str, list[Rolled]] = {name: [] for name in policies(found.costs, 1)}
             for turn in range(_PAIRS):
                 if turn and part.spent:
@@ -110,6 +120,8 @@ def never_slower(bench: Bench, part: Part) -> None:
     for via, size in part.each(list(product(("graphs", "engine"), reversed(bench.sizes)))):
         with part.attempt(f"{size}, {via}"):
             found = rig(bench, part, size, via)
+            if found is None:
+                continue
             for B, alpha in part.each(list(product(scale.batches, (TAIL_ALPHA, 0.0)))):
                 with part.attempt(f"{size}, {via}, B={B}, acceptance {alpha}"):
                     name = figure_name("never_slower", size, via=via, B=B, alpha=alpha)
