@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -143,3 +146,66 @@ def test_what_only_helps_may_be_missing(tmp_path):
     assert kernels() is not None or any("nf4 is not available" in note for note in notes)
     assert any("not fitted" in note for note in notes)
     assert report.machine.memory_gib > 0
+
+
+# --- vLLM's cells: they need vLLM on a GPU, what judges them does not ------------------------------------------------
+
+
+class Judged:
+    """A `Part` that keeps verdicts only."""
+
+    def __init__(self) -> None:
+        self.verdicts: list[bool] = []
+
+    def check(self, name: str, value: object, target: str, passed: bool) -> None:
+        self.verdicts.append(passed)
+
+
+class Draws:
+    """An engine whose answers come from one distribution plainly and from another when drafting."""
+
+    def __init__(self, plain: dict[tuple[int, ...], float], drafted: dict[tuple[int, ...], float]) -> None:
+        self.scheduler = SimpleNamespace(decisions=SimpleNamespace(policy=None))
+        self._answers, self._drafts, self._rng = {"Off": plain, "Fixed": drafted}, 0, random.Random(0)
+
+    def counters(self) -> tuple[int, int]:
+        return self._drafts, 0
+
+    def generate(self, prompts, tokens, **params):
+        kind = type(self.scheduler.decisions.policy).__name__
+        self._drafts += len(prompts) * 2 * (kind == "Fixed")
+        answers = self._answers[kind]
+        drawn = self._rng.choices(list(answers), list(answers.values()), k=len(prompts))
+        return [SimpleNamespace(token_ids=answer) for answer in drawn]
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("vllm_cells")
+
+
+def test_vllm_cells_tell_a_near_tie_from_a_fault(cells):
+    def answer(tokens, gap):
+        two = {0: SimpleNamespace(logprob=-0.5), 1: SimpleNamespace(logprob=-0.5 - gap)}
+        return SimpleNamespace(token_ids=tokens, logprobs=[two] * len(tokens))
+
+    part = Judged()
+    for other, gap in (([1, 2, 3], 1.0), ([1, 5, 3], 1e-6), ([1, 5, 3], 0.01)):
+        cells._same(part, "greedy", [answer([1, 2, 3], gap)], [answer(other, gap)])
+    assert part.verdicts == [True, True, False]
+
+
+def test_vllm_cells_see_another_distribution(cells):
+    honest, liar = {(1,): 0.6, (2,): 0.4}, {(1,): 0.7, (2,): 0.3}
+    part = Judged()
+    cells._distribution(part, "same", Draws(honest, honest), [1], {})
+    cells._distribution(part, "other", Draws(honest, liar), [1], {})
+    cells._distribution(part, "other, as it should be", Draws(honest, liar), [1], {}, fits=False)
+    assert part.verdicts == [True, False, True]
+
+
+def test_an_unknown_cell_is_refused():
+    command = [sys.executable, str(FOLDER / "vllm_cells.py"), "--cells", "exact-v3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "unknown exact-v3" in done.stderr

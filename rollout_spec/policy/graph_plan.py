@@ -112,9 +112,10 @@ class GraphCost:
 
     Attributes:
         target, drafter: The models; a self-drafter has the target's shape.
-        node_bytes: Device memory the driver keeps per kernel of a graph. Graphs of 500, 1000 and 2000 kernels were
-            seen to take 362, 395 and 458 MB: 64 KiB each (NVIDIA forum, topic 244901, driver 470). It depends on
-            the driver; `GraphPool.capture` reports what it finds.
+        node_bytes: Device memory the driver keeps per kernel of a graph: 3.3 KiB were found for 60 graphs of a 1.5B
+            model on an H200 (driver 580; `benchmarks/results/gpu`), and allowed for twice over. It depends on the
+            driver: with 470 it seems to have been 64 KiB (NVIDIA forum, topic 244901). `GraphPool.capture` reports
+            what it finds, and says so where that is over the budget.
         head_kernels: Kernels of a step outside the layers: embedding, head, sampling, copies.
         vocab_copies: float32 tensors of `[rows, vocab]` alive at once in sampling: raw logits, processed ones,
             probabilities. A top-p cut, which sorts, takes several more.
@@ -128,7 +129,7 @@ class GraphCost:
 
     target: ModelShape
     drafter: ModelShape
-    node_bytes: int = 65536
+    node_bytes: int = 8192
     head_kernels: int = 48
     vocab_copies: float = 3.0
     logit_outputs: frozenset[str] = frozenset()

@@ -77,7 +77,7 @@ def test_bytes_of_a_7b_graph():
     kernels = (1 + 7 + 1 + 1) * 720
     outputs = (128 + 16 * 7 + 256) * 40
     inputs = 256 * 8 * 7 + 256 * 128
-    assert cost.nbytes(graphs) == 256 * row + kernels * 65536 + outputs + inputs
+    assert cost.nbytes(graphs) == 256 * row + kernels * 8192 + outputs + inputs
     assert cost.nbytes([]) == 0
 
 
