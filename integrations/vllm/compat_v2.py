@@ -82,9 +82,8 @@ def watch_proposing(
         return
     execute, propose = runner.execute_model, speculator.propose
     guesses = hasattr(speculator, "draft_logits")
-    alone = (
-        runner.vllm_config.parallel_config.tensor_parallel_size == 1
-    )  # ranks that part would wait for each other
+    # Ranks that part would wait for each other.
+    alone = runner.vllm_config.parallel_config.tensor_parallel_size == 1
 
     @functools.wraps(execute)
     def listening(scheduler_output: Any, *args: Any, **options: Any) -> Any:

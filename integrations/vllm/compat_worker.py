@@ -1,7 +1,6 @@
 """The part of `compat` that touches vLLM's worker: reloading in place, plain passes, and decoding without drafts.
 
-Each function says what it relies on; `tests/vllm/test_updates.py` fails when one of
-them no longer fits.
+Each function says what it relies on; `tests/vllm/test_updates.py` fails when one of them no longer fits.
 """
 
 from __future__ import annotations
