@@ -51,6 +51,8 @@ def everything(tmp_path_factory) -> tuple[Report, Path]:
 def test_every_part_gives_its_figures(everything):
     report, _ = everything
     parts, figures = report.results["parts"], report.results["figures"]
+    for size in ("1.5b", "7b"):  # or a policy that asks for K = 1 would get K = 0
+        assert 1 in figures[f"makespan/{size}/via=graphs/policy=automatic"]["draft_lengths"]
     assert [parts[name]["status"] for name in PARTS] == ["done"] * len(PARTS) and len(parts) == len(PARTS)
     assert report.passed and not any(
         note for part in parts.values() for note in part["notes"] if "out of time" in note

@@ -77,6 +77,7 @@ def _build(bench: Bench, part: Part, lab: Lab, via: str) -> Rig | None:
         roll(lab, turns, [length] * B, [length + room] * B, TAIL_ALPHA, passes)
         timings += turns.timings
     if part.spent:
+        part.note(f"{lab.size}, {via}: out of time before its passes were calibrated")
         return None
     try:
         return Rig(lab, passes, fit(timings), f"{len(timings)} measured passes")
@@ -111,6 +112,7 @@ def makespan(bench: Bench, part: Part) -> None:
                     passes=runs[-1].passes, accepted_share=runs[-1].accepted / max(1, runs[-1].drafted),
                     acceptance=f"{TAIL_ALPHA} imposed by overwriting the verdict: timing only",
                     tokens=int(outputs.sum()), costs=found.fitted,
+                    draft_lengths=None if found.passes is None else sorted(found.passes.draft_lengths),
                 )  # fmt: skip
 
 

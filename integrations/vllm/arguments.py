@@ -41,7 +41,7 @@ def llm_arguments(model: str, speculation: Mapping[str, Any] | None = None) -> d
         "worker_extension_cls": WORKER_EXTENSION,
     }
     if options.drafter != "none":
-        kind = _available_kind() if options.drafter == "auto" else options.drafter
+        kind = available_kind() if options.drafter == "auto" else options.drafter
         longest = options.draft_length or options.longest_draft
         arguments["speculative_config"] = {
             "method": "draft_model",
@@ -63,10 +63,11 @@ def serve_flags(model: str, speculation: Mapping[str, Any] | None = None) -> lis
     return words
 
 
-def _available_kind() -> str:
+def available_kind(cpu_dtype: torch.dtype = torch.bfloat16) -> str:
+    """The kind of drafter that `drafter="auto"` means on this machine; `cpu_dtype` is the target's, if that is a CPU."""
     if torch.cuda.is_available():  # no trial there: it would open the device in vLLM's front end
         return "nf4"
-    return usual_quantizer("cpu", torch.bfloat16)
+    return usual_quantizer("cpu", cpu_dtype)
 
 
 def _changed(options: SpeculationConfig) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class WorkerPolicy:
         decisions: What the scheduler had decided when it told last: see `PolicyScheduler.figures`. It tells when the
             policy looks, and now and then while it rests.
         quantize_seconds: What the drafter's part of the update under way has taken.
-        unjudged: Contexts for a canary that waits for the KV cache to wake; None if none waits.
+        canary_due: Whether the canary waits for the KV cache to wake.
     """
 
     version: int
@@ -59,7 +59,7 @@ class WorkerPolicy:
     decisions: dict[str, Any] = field(default_factory=dict)
     quantize_seconds: float = 0.0
     loading: list[nn.Module] = field(default_factory=list)
-    unjudged: Sequence[Sequence[int]] | None = None
+    canary_due: bool = False
 
     @property
     def drafts(self) -> bool:
@@ -121,7 +121,7 @@ class WorkerExtension:
             "reports": reports,
             "decisions": policy.decisions,
             "canary_acceptance": policy.guard.canary_acceptance,
-            "canary_due": policy.unjudged is not None,
+            "canary_due": policy.canary_due,
         }
 
     def rollout_spec_capture(self, function: str) -> None:
@@ -185,18 +185,15 @@ class WorkerExtension:
                     policy.drafter.version = version
         self.model_runner.reset_lora_state()
         policy.version, policy.whole, policy.loading = version, True, []
-        policy.unjudged = contexts
-        if not self.rollout_spec_cache_asleep:
-            self.rollout_spec_cache_woke()
+        self._rollout_spec_judge(contexts)
         self._rollout_spec_publish()
         return {"quantize_seconds": policy.quantize_seconds} | self.rollout_spec_state()
 
     def rollout_spec_cache_woke(self) -> None:
         """The KV cache has memory, and nothing in it that is needed: run the canary that waits for it, if one does."""
         policy = compat.attached_policy(self.model_runner)
-        if policy is not None and policy.unjudged is not None:
-            contexts, policy.unjudged = policy.unjudged, None
-            self._rollout_spec_judge(contexts)
+        if policy is not None and policy.canary_due:
+            self._rollout_spec_judge(())
             self._rollout_spec_publish()
 
     def rollout_spec_abandon_update(self) -> None:
@@ -252,10 +249,11 @@ class WorkerExtension:
             drafter, "revive"
         ):  # a self-drafter that had failed has new weights
             drafter.revive()
+        policy.canary_due = self.rollout_spec_cache_asleep
         policy.guard.after_update(policy.drafter, version, self._rollout_spec_compare)
 
     def _rollout_spec_compare(self, context: np.ndarray) -> tuple[Tensor, Tensor] | None:
-        if not self.vllm_config.speculative_config.uses_draft_model():
+        if self.rollout_spec_cache_asleep or not self.vllm_config.speculative_config.uses_draft_model():
             return None
         target, draft = (self._rollout_spec_logits(context.tolist(), drafter) for drafter in (False, True))
         return None if target is None or draft is None else (target, draft)

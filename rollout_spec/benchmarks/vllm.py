@@ -14,7 +14,6 @@ from rich.console import Console
 
 from rollout_spec.benchmarks.bootstrap import median_interval
 from rollout_spec.benchmarks.longtail import stratified
-from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.example_policy import load_problems
 from rollout_spec.integrations.vllm.compat_worker import scheduler
 from rollout_spec.observe.machine import cpu_model
@@ -45,7 +44,7 @@ class VllmBenchmark:
     def __init__(self, path: Path, pairs: int, seed: int, console: Console) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        from rollout_spec.integrations.vllm.arguments import llm_arguments
+        from rollout_spec.integrations.vllm.arguments import available_kind, llm_arguments
 
         self.path, self.pairs, self.seed, self.console = path, pairs, seed, console
         self.ratios: dict[str, dict[str, Any]] = {}
@@ -53,7 +52,7 @@ class VllmBenchmark:
         self.on_gpu = torch.cuda.is_available()
         native = self.on_gpu or {"avx512_bf16", "amx_bf16"} & set(cpu_model()[1])
         self.dtype = "bfloat16" if native else "float32"
-        self.drafter = "nf4" if self.on_gpu else usual_quantizer("cpu", getattr(torch, self.dtype))
+        self.drafter = available_kind(getattr(torch, self.dtype))
         self._llm_arguments = llm_arguments
         self._prompts = iter(load_problems().prompts(4096, seed, "test"))
         self._engines: dict[str, Any] = {}

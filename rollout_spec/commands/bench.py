@@ -237,7 +237,8 @@ def vllm(size: str, pairs: int, only: tuple[str, ...], seed: int, json_path: Pat
         "ratios": benchmark.ratios,
         "notes": benchmark.notes,
     }
-    finish(Report("bench vllm", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
+    level = EvidenceLevel.L2 if benchmark.on_gpu else EvidenceLevel.L1
+    finish(Report("bench vllm", results, checks, level, seed=seed), json_path, console)
 
 
 @command.command("kernels")

@@ -112,8 +112,8 @@ class GraphCost:
 
     Attributes:
         target, drafter: The models; a self-drafter has the target's shape.
-        node_bytes: Device memory the driver keeps per kernel of a graph: 3.3 KiB were found for 60 graphs of a 1.5B
-            model on an H200 (driver 580; `benchmarks/results/gpu`), and allowed for twice over. It depends on the
+        node_bytes: Device memory the driver keeps per kernel of a graph: 3.2 KiB were found for 60 graphs of a 1.5B
+            model on an H200 (`benchmarks/results/gpu`), of which 2.5 times are allowed for. It depends on the
             driver: with 470 it seems to have been 64 KiB (NVIDIA forum, topic 244901). `GraphPool.capture` reports
             what it finds, and says so where that is over the budget.
         head_kernels: Kernels of a step outside the layers: embedding, head, sampling, copies.

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from rollout_spec.drafters.quantize import usual_quantizer
 from rollout_spec.example_policy import example_folder, load_problems
 
-DRAFTER = (
-    "nf4" if torch.cuda.is_available() else usual_quantizer("cpu", torch.float32)
-)  # for tests that do not care
+# For tests that do not care which.
+DRAFTER = "nf4" if torch.cuda.is_available() else usual_quantizer("cpu", torch.float32)
 POLICY = str(example_folder() / "policy")
 
 
