@@ -173,6 +173,9 @@ class Draws:
     def counters(self) -> tuple[int, int]:
         return self._drafts, 0
 
+    def since(self, before: tuple[int, int]) -> tuple[int, int]:
+        return self._drafts - before[0], 0
+
     def generate(self, prompts, tokens, **params):
         kind = type(self.scheduler.decisions.policy).__name__
         self._drafts += len(prompts) * 2 * (kind == "Fixed")
