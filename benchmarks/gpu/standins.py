@@ -1,4 +1,4 @@
-"""Lets `rollout_spec` import on a machine that lacks what only its command line needs."""
+"""Lets `rollout_spec` import on a machine that lacks what only its command line, or only its speed, needs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 _NAMES = {
     "click": (),
+    "numba": (),
     "psutil": (),
     "rich": (),
     "rich.console": ("Console",),
@@ -19,18 +20,21 @@ _NAMES = {
 
 
 def stand_in_for_missing() -> list[str]:
-    """Put empty modules in the place of click, rich and psutil where they are missing; returns which were.
+    """Put empty modules in the place of click, numba, psutil and rich where they are missing; returns which were.
 
     `rollout_spec.observe.report`, which the engine imports too, needs them by name. The report's schema, its
-    validation and its JSON are then the project's own; only printing to a terminal is not there.
+    validation and its JSON are then the project's own; only printing to a terminal is not there. Without Numba the automatic
+    policy decides as it would, but its loops are not compiled.
     """
-    missing = [name for name in ("click", "psutil", "rich") if not _is_there(name)]
+    missing = [name for name in ("click", "numba", "psutil", "rich") if not _is_there(name)]
     for name, attributes in _NAMES.items():
         if name.partition(".")[0] in missing:
             module: Any = ModuleType(name, "stand-in: not installed on this machine")
             for attribute in attributes:
                 setattr(module, attribute, None)
             sys.modules[name] = module
+    if "numba" in missing:
+        sys.modules["numba"].njit = lambda **_: lambda function: function  # type: ignore[attr-defined]
     if "psutil" in missing:
         psutil: Any = sys.modules["psutil"]
         psutil.cpu_count = lambda logical=True: os.cpu_count()

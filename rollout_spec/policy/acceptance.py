@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from rollout_spec.policy.compiled import MOST, survival
+
 _PRIOR_TOKENS = 8.0  # weight of the prior, in draft tokens tried
 _MEMORY = 4000.0  # draft tokens over which what was seen of a drafter loses weight 1/e
 _REQUEST_PRIOR = 16.0  # tokens after which a request's own record weighs as much as the drafter's
 _REQUEST_MEMORY = 96.0
 _POSITION_PRIOR = 32.0  # tokens tried at a position after which it weighs as much as the drafter's mean
-_MOST = 0.999
 
 
 class AcceptanceTracker:
@@ -44,10 +45,7 @@ class AcceptanceTracker:
     def survival(self, slots: np.ndarray) -> np.ndarray:
         """P(draft tokens 1..j of a sequence are all accepted), float64 [B, longest], falling in j."""
         self._grow(slots)
-        tried, accepted = self._request[slots].T
-        rejection = (tried - accepted + _REQUEST_PRIOR * self._expected) / (tried + _REQUEST_PRIOR)
-        hazard = 1.0 - (rejection / self._expected)[:, None] * self._rejection
-        return np.maximum(np.minimum(hazard, _MOST, out=hazard), 0.0, out=hazard).cumprod(1)
+        return survival(self._request, slots, self._rejection, self._expected, _REQUEST_PRIOR)
 
     def observe(self, slots: np.ndarray, lengths: np.ndarray, accepted: np.ndarray) -> None:
         """Learn from verified drafts.
@@ -89,7 +87,7 @@ class AcceptanceTracker:
         pooled = 1.0 - self._mean
         rejected = self._tried - self._accepted
         self._rejection = (rejected + _POSITION_PRIOR * pooled) / (self._tried + _POSITION_PRIOR)
-        self._expected = max(pooled, 1 - _MOST)
+        self._expected = max(float(pooled), 1 - MOST)
 
     def _grow(self, slots: np.ndarray) -> None:
         if len(slots) and (most := int(slots.max())) >= len(self._request):

@@ -26,7 +26,15 @@ from rollout_spec.policy.candidates import Candidate, Round
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 from rollout_spec.policy.lengths import RemainingLength
 from rollout_spec.policy.online_costs import OnlineCosts
-from rollout_spec.policy.records import HISTORY, Plan, Reason, SpeculationPolicy, StepOutcome, StepState
+from rollout_spec.policy.records import (
+    HISTORY,
+    Matches,
+    Plan,
+    Reason,
+    SpeculationPolicy,
+    StepOutcome,
+    StepState,
+)
 
 _PLAIN = "plain"
 _LOOK_EVERY = 2  # passes between looks at one of the arms that do not run
@@ -133,7 +141,15 @@ class AutomaticPolicy(SpeculationPolicy):
         self.deciding = 0.0  # seconds that a decision takes
         self._known: dict[str, _Known] = {}
         self._predicted: _Predicted | None = None
-        self.depth = np.arange(1, longest + 1)
+        self._compile()
+
+    def _compile(self) -> None:
+        """Have the inner loops compiled now, not in a pass, whose time counts."""
+        pair = np.ones(2, np.int64)
+        state = StepState(pair, pair, pair, pair, matches=Matches(pair, np.full(2, 0.5)))
+        round = Round(self, state, self.lengths.last_to_finish(pair, pair), pair, 2, 1.0)
+        for arm in self.arbiter.arms[1:]:
+            round.candidate(arm)
 
     # --- deciding --------------------------------------------------------------------------------------
 

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
 
+from rollout_spec.policy.compiled import pass_seconds
 from rollout_spec.policy.records import PassTiming
 
 TARGET = "target"
 OVERALL = "overall"  # the key of `held_out_error` for all kinds together
 
-_P = 1.5
 _INLIER = 0.05  # relative error from which on a timing pulls only linearly
 _RELUCTANCE = 0.03  # pull towards fewer terms; decides only where the timings do not
 _NEGLIGIBLE = 1e-3  # a fitted term that is never a larger part of a pass is left out
@@ -74,6 +75,11 @@ class PassCost:
     expert_share: float = 0.0
     collectives: float = 0.0
 
+    @cached_property
+    def terms(self) -> tuple[float, ...]:
+        """In the order of the attributes."""
+        return tuple(map(float, astuple(self)))
+
     @overload
     def seconds(self, batch: float, rows: float, kv_tokens: float) -> float: ...
     @overload
@@ -84,15 +90,7 @@ class PassCost:
         Numbers, or arrays that broadcast; batch at least 1, rows at least batch. It never falls when rows, context or
         sequences are added (a sequence brings its rows and its context along).
         """
-        read = self.weights
-        if self.experts:
-            read = read + self.experts * (1.0 - (1.0 - self.expert_share) ** rows)
-        per_sequence = kv_tokens / batch
-        stream = kv_tokens * self.per_kv_token + per_sequence * rows * self.per_kv_row
-        walk = per_sequence * self.per_context * (rows > batch)
-        linears = (read**_P + (self.per_row * rows) ** _P) ** (1 / _P)
-        attention = (stream**_P + walk**_P) ** (1 / _P)
-        return self.launch + self.collectives + self.per_sequence * batch + linears + attention
+        return pass_seconds(self.terms, batch, rows, kv_tokens)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from rollout_spec.policy.compiled import ending_last, outlasting
+
 _KEPT = 4096  # lengths remembered
 _UNSEEN = 1.0  # weight of the prior, in finished answers longer than the request's present length
 _SHORTEST_SCALE = 32.0  # tokens: scale of the prior for a request that has just begun
@@ -43,26 +45,15 @@ class RemainingLength:
 
         `blur`, float64 [B], is half the width in tokens over which it falls to 0 there; by default, half of `allowed`.
         """
-        known = len(self._finished)
-        scale = np.maximum(outputs, _SHORTEST_SCALE)[:, None]
-        beyond = known - np.searchsorted(self._finished, outputs, side="right")[:, None]
-        left = known - np.searchsorted(self._finished, outputs[:, None] + tokens, side="right")
-        alive = left + _UNSEEN * scale / (scale + tokens)
-        width = (_BLUR * allowed if blur is None else blur)[:, None]
-        limit = (allowed[:, None] + width - tokens) / (2 * width)
-        return np.clip(limit, 0.0, 1.0) * alive / (beyond + _UNSEEN)
+        width, scale = _BLUR * allowed if blur is None else blur, np.maximum(outputs, _SHORTEST_SCALE)
+        return outlasting(self._finished, outputs, allowed, tokens, width, scale, _UNSEEN)
 
     def last_to_finish(self, outputs: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """P(the request ends last of all that are live), float64 [B], sums to 1.
 
         Requests are taken to be independent and to advance at one pace.
         """
-        alive = self.survival(outputs, allowed)
-        ends = alive[:, :-1] - alive[:, 1:]
-        done = np.maximum(1.0 - 0.5 * (alive[:, :-1] + alive[:, 1:]), 1e-12)
-        log_done = np.log(done)
-        last = (ends * np.exp(log_done.sum(0) - log_done)).sum(1) + 1e-12
-        return last / last.sum()
+        return ending_last(self.survival(outputs, allowed))
 
     def delay(self, outputs: np.ndarray, allowed: np.ndarray, drift: float) -> float:
         """Tokens by which the end of the last request moves off if paces drift apart on the way.

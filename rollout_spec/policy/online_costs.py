@@ -7,6 +7,7 @@ from collections import deque
 
 import numpy as np
 
+from rollout_spec.policy.compiled import Prices, seconds
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 
 _STEP = 0.08  # weight of one pass in the correction
@@ -27,7 +28,7 @@ class _Correction:
     """
 
     def __init__(self) -> None:
-        self.factors = [1.0] * _BUCKETS
+        self.factors = np.ones(_BUCKETS)
         self.mean: float | None = None
         self.last: list[int | None] = [None] * _BUCKETS
         self.seen = [0] * _BUCKETS
@@ -52,9 +53,8 @@ class _Correction:
 
     def expect(self, mean: float) -> None:
         """Let `mean` stand for what was not seen."""
-        self.factors = [
-            math.exp(mean if when is None else log) for log, when in zip(self._logs, self.last, strict=True)
-        ]
+        logs = [mean if when is None else log for log, when in zip(self._logs, self.last, strict=True)]
+        self.factors[:] = np.exp(logs)
 
 
 class OnlineCosts:
@@ -66,26 +66,32 @@ class OnlineCosts:
 
     Attributes:
         model: As calibrated.
+        plain_prices: Of plain passes.
+        prices: Of the other kinds, by name; `target` stands for verify passes.
     """
 
     def __init__(self, model: CostModel) -> None:
         self.model = model
         self._corrections = {kind: _Correction() for kind in (_PLAIN, *model.passes)}
         self._target = model.passes[TARGET]
-        self._plain, self._verify = self._corrections[_PLAIN], self._corrections[TARGET]
+        self._plain = self._corrections[_PLAIN]
+        self.plain_prices = Prices(self._target.terms, self._plain.factors)
+        self.prices = {
+            kind: Prices(model.passes[kind].terms, self._corrections[kind].factors) for kind in model.passes
+        }
         self._passes = 0
 
     def add(self, drafter: str, cost: PassCost) -> None:
         """Costs of one more drafter."""
         self.model = CostModel({**self.model.passes, drafter: cost})
         correction = self._corrections[drafter] = _Correction()
+        self.prices[drafter] = Prices(cost.terms, correction.factors)
         if self._plain.mean is not None:
             correction.expect(self._plain.mean)
 
     def target(self, batch: int, rows: int, kv_tokens: int) -> float:
         """Seconds of a target pass with everything around it, see `CostModel.target`."""
-        correction = self._plain if rows == batch else self._verify
-        return self._target.seconds(batch, rows, kv_tokens) * correction.factors[rows.bit_length()]
+        return seconds(self.plain_prices if rows == batch else self.prices[TARGET], batch, rows, kv_tokens)
 
     def plain_age(self, batch: int) -> tuple[int, int]:
         """Plain passes seen with about `batch` sequences, and passes of any kind since the last of them."""
@@ -94,8 +100,7 @@ class OnlineCosts:
 
     def draft(self, drafter: str, batch: int, kv_tokens: int) -> float:
         """Seconds of one drafter step over `batch` sequences."""
-        cost, correction = self.model.passes[drafter], self._corrections[drafter]
-        return cost.seconds(batch, batch, kv_tokens) * correction.factors[batch.bit_length()]
+        return seconds(self.prices[drafter], batch, batch, kv_tokens)
 
     def catching_up(self, drafter: str, batch: int, rows: int) -> float:
         """Seconds that a drafter's first step takes longer because it reads `rows` tokens of history too."""

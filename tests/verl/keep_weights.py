@@ -11,8 +11,22 @@ from rollout_spec.integrations.after_import import after_import
 
 
 def keep(module: ModuleType) -> None:
-    def dispatch_cpu_unquantized_gemm(layer: Any, *_: Any, **__: Any) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
+    """vLLM's own products, of what the weights are now: packed again whenever others were loaded."""
+    pack = module.dispatch_cpu_unquantized_gemm
+
+    def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        pack(layer, remove_weight=False)
+        packed, of = layer.cpu_linear, layer.weight.detach().clone()
+
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            nonlocal packed, of
+            if not torch.equal(layer.weight, of):
+                pack(layer, remove_weight=False)
+                packed, of = layer.cpu_linear, layer.weight.detach().clone()
+                layer.cpu_linear = linear
+            return packed(x, layer.weight, bias)
+
+        layer.cpu_linear = linear
 
     module.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm  # type: ignore[attr-defined]
 

@@ -183,4 +183,4 @@ def test_an_unknown_option_ends_a_run_at_start(run_verl: RunVerl) -> None:
     run = run_verl("grpo_cpu.sh", f"+{OURS}.speculatoin.drafter=int8")
     assert run.status not in (0, -1)
     assert f"{OURS}.speculatoin" in run.output and "unknown option" in run.output
-    assert run.seconds < 120
+    assert not run.records("updates"), "it ended before an engine got its first weights"

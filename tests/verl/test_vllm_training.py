@@ -27,7 +27,7 @@ def differences(run: Run) -> tuple[float, float]:
 
 @pytest.fixture
 def without_plugin(tmp_path: Path) -> Run:
-    """verl and vLLM alone; the one thing mended is that no weights could be loaded on a CPU."""
+    """verl and vLLM alone, multiplying as vLLM does; the one thing mended is that no weights could be loaded on a CPU."""
     return run_example(
         tmp_path / "without",
         "grpo_vllm_cpu.sh",
@@ -65,7 +65,7 @@ def test_grpo_on_vllm(run_verl: RunVerl, without_plugin: Run, tmp_path: Path) ->
     check_finished(without_plugin)
     assert not any(name.startswith("rollout/spec") for step in without_plugin.metrics for name in step)
     ours, theirs = differences(run), differences(without_plugin)
-    # Both are roundings in float32, of other samples: the largest varies more between runs of vLLM alone than a ratio of
-    # two runs could bear, the mean hardly does.
+    # Both are roundings in float32, of other samples. Between runs of vLLM alone the mean varies by a tenth; the largest
+    # varies more than a ratio of two runs could bear.
     assert ours[0] <= 1e-4, (ours, theirs)
-    assert ours[1] <= 2 * theirs[1], (ours, theirs)
+    assert ours[1] <= 1.25 * theirs[1], (ours, theirs)

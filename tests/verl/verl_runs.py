@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,6 @@ class Run:
 
     folder: Path
     status: int
-    seconds: float
 
     @property
     def output(self) -> str:
@@ -66,7 +64,6 @@ def run_example(folder: Path, script: str, *settings: str, **environment: str) -
     """Run an example, small and recorded, for `_LONGEST` seconds at most; of `environment`, PYTHONPATH comes on top."""
     write_problems(folder / "data")
     helpers = [environment.pop("PYTHONPATH", ""), str(Path(__file__).parent)]
-    started = time.monotonic()
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
             ["bash", str(EXAMPLES / script), *SMALL, *(() if "vllm" in script else (DRAFTS,)), *settings],
@@ -93,7 +90,7 @@ def run_example(folder: Path, script: str, *settings: str, **environment: str) -
             status = -1
         finally:
             end_all(folder, process.pid)
-    return Run(folder, status, time.monotonic() - started)
+    return Run(folder, status)
 
 
 def end_all(folder: Path, group: int | None = None) -> None:

@@ -1,0 +1,265 @@
+"""The policy's inner loops, compiled: it decides before every pass, and a pass on a GPU takes a few milliseconds.
+
+Numba compiles each at its first use, for a second, and keeps the code on disk. They are in one file because what is kept is
+made anew when its own file changes, not when another does that it calls. Arrays are per sequence [B] unless a shape is
+given; L stands for the draft lengths considered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+from numba import njit
+
+P_NORM = 1.5  # see `cost_model`
+MOST = 0.999  # nothing is certain
+_LEAST = 1e-12  # nor impossible
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def compiled(function: _Function) -> _Function:
+    """Compile a function of numbers and arrays. What divides by zero in it is infinite or NaN, as in NumPy."""
+    try:
+        return cast(_Function, njit(cache=True, error_model="numpy")(function))
+    except (
+        RuntimeError
+    ):  # neither the package's folder nor the user's cache can be written: again in every process
+        return cast(_Function, njit(error_model="numpy")(function))
+
+
+class Prices(NamedTuple):
+    """What one kind of pass costs now.
+
+    Attributes:
+        terms: As `PassCost.terms`.
+        factors: Corrections of what they say, by bit length of the rows, float64 [20].
+    """
+
+    terms: tuple[float, ...]
+    factors: np.ndarray
+
+
+def pass_seconds(terms: tuple[float, ...], batch: Any, rows: Any, kv_tokens: Any) -> Any:
+    """`PassCost.seconds` of `PassCost.terms`, numbers or arrays; `cost_model` explains it."""
+    (
+        launch,
+        per_sequence,
+        weights,
+        per_row,
+        per_kv_token,
+        per_kv_row,
+        per_context,
+        experts,
+        share,
+        collectives,
+    ) = terms
+    read = weights + experts * (1.0 - (1.0 - share) ** rows)
+    context = kv_tokens / batch
+    stream = kv_tokens * per_kv_token + context * rows * per_kv_row
+    walk = context * per_context * (rows > batch)
+    linears = (read**P_NORM + (per_row * rows) ** P_NORM) ** (1 / P_NORM)
+    attention = (stream**P_NORM + walk**P_NORM) ** (1 / P_NORM)
+    return launch + collectives + per_sequence * batch + linears + attention
+
+
+_pass_seconds = compiled(pass_seconds)
+
+
+@compiled
+def seconds(prices: Prices, batch: int, rows: int, kv_tokens: int) -> float:
+    """Duration of a pass, corrected."""
+    bits = 0
+    while rows >> bits:
+        bits += 1
+    corrected: float = _pass_seconds(prices.terms, batch, rows, kv_tokens) * prices.factors[bits]
+    return corrected
+
+
+@compiled
+def survival(
+    request: np.ndarray, slots: np.ndarray, rejection: np.ndarray, expected: float, prior: float
+) -> np.ndarray:
+    """P(draft tokens 1..j of a sequence are all accepted), float64 [B, L], falling in j.
+
+    It is the drafter's hazard at every position, times how much worse it does for a sequence.
+
+    Args:
+        request: Tokens tried and accepted by slot, float64 [slots, 2].
+        slots: Of the sequences, int64.
+        rejection: P(token j is rejected | those before it were not) of the drafter, float64 [L].
+        expected: Its mean.
+        prior: Tokens after which a sequence's own record weighs as much as the drafter's.
+    """
+    alive = np.empty((len(slots), len(rejection)))
+    for i, slot in enumerate(slots):
+        tried, accepted = request[slot, 0], request[slot, 1]
+        rejected = (tried - accepted + prior * expected) / (tried + prior)
+        reached = 1.0
+        for j in range(len(rejection)):
+            reached *= max(min(1.0 - rejected / expected * rejection[j], MOST), 0.0)
+            alive[i, j] = reached
+    return alive
+
+
+@compiled
+def powers(confidence: np.ndarray, longest: int) -> np.ndarray:
+    """The same where each token is accepted with one probability, float64 [B, `longest`]."""
+    alive = np.empty((len(confidence), longest))
+    for i in range(len(confidence)):
+        reached = 1.0
+        for j in range(longest):
+            reached *= min(confidence[i], MOST)
+            alive[i, j] = reached
+    return alive
+
+
+@compiled
+def put_behind(alive: np.ndarray, confidence: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Put `before` tokens of that confidence ahead of those of `alive` [B, L], in place; tokens expected of them, float64."""
+    certain = np.zeros(len(before))
+    for i in range(len(before)):
+        reached = 1.0
+        for _ in range(before[i]):
+            reached *= min(confidence[i], MOST)
+            certain[i] += reached
+        alive[i] *= reached
+    return certain
+
+
+@compiled
+def deepest(
+    alive: np.ndarray,
+    limit: np.ndarray,
+    weights: np.ndarray,
+    target: Prices,
+    drafter: Prices | None,
+    context: int,
+    history: int,
+    ahead: float,
+    worth: float,
+    plain_seconds: float,
+    gain_now: float,
+    ragged: bool,
+) -> tuple[np.ndarray, int, float, float]:
+    """The draft lengths of the largest gain, at least one token somewhere.
+
+    A token is on offer if it is worth what it costs by itself, at the gain of what runs now (Dinkelbach's iteration for
+    a ratio, one round per pass); of these, the depth is taken that makes the gain largest.
+
+    Args:
+        alive: P(tokens 1..j accepted), float64 [B, L], falling in j; set to 0 for what is not on offer.
+        limit: Most tokens of each sequence, int64.
+        weights: What a token of it is worth, float64.
+        target: Of verify passes.
+        drafter: Of a draft step, or None where drafting is free.
+        context: Context tokens of all sequences together.
+        history: Tokens drafted ahead of these, all together.
+        ahead: Seconds spent before the first draft step.
+        worth: What is emitted without these tokens is worth this much.
+        plain_seconds: Of a plain pass.
+        gain_now: Speed over plain decoding of what runs.
+        ragged: Whether K may differ between sequences.
+
+    Returns:
+        Tokens on offer, int64; the depth to stop at; its gain; the seconds of that pass.
+    """
+    batch, longest = alive.shape
+    price = -1.0  # of one more token of one sequence, in what a token of weight 1 is worth
+    if ragged and batch > 1:
+        row = (seconds(target, batch, 4 * batch, context) - seconds(target, batch, 2 * batch, context)) / (
+            2 * batch
+        )
+        if drafter is not None:
+            half = max(batch // 2, 1)
+            fewer = seconds(drafter, half, half, context * half // batch)
+            row += (seconds(drafter, batch, batch, context) - fewer) / max(batch - half, 1)
+        # Never below 0, though measured passes may say so: what is not on offer must not look worth it.
+        price = max(row, 0.0) * gain_now / plain_seconds
+        if not np.any((limit > 0) & (alive[:, 0] * weights > price)):
+            price = -1.0  # if no first token is worth it, those behind are not either
+
+    offered = np.zeros(batch, np.int64)
+    values, active = np.zeros(longest), np.zeros(longest, np.int64)
+    for i in range(batch):
+        for j in range(longest):
+            if j < limit[i] and alive[i, j] * weights[i] > price:
+                values[j] += weights[i] * alive[i, j]
+                active[j] += 1
+                offered[i] += 1
+            else:
+                alive[i, j] = 0.0
+
+    depth, gain, duration = 0, 0.0, math.inf
+    rows, step, stepped = batch + history, 0.0, 0  # `step`: seconds of one of `stepped` sequences
+    for j in range(longest):
+        count = active[j]
+        if count == 0:
+            break
+        worth += values[j]
+        rows += count
+        if drafter is not None and count != stepped:
+            step, stepped = seconds(drafter, count, count, context * count // batch), count
+        ahead += step
+        taken = ahead + seconds(target, batch, rows, context)
+        if worth * plain_seconds / taken > gain:
+            depth, gain, duration = j + 1, worth * plain_seconds / taken, taken
+        elif j > depth:
+            break
+    return offered, depth, gain, duration
+
+
+@compiled
+def outlasting(
+    finished: np.ndarray,
+    outputs: np.ndarray,
+    allowed: np.ndarray,
+    tokens: np.ndarray,
+    width: np.ndarray,
+    scale: np.ndarray,
+    unseen: float,
+) -> np.ndarray:
+    """P(more than x tokens are still to come) for x in `tokens` [X], float64 [B, X]; see `RemainingLength`.
+
+    Args:
+        finished: Lengths seen, rising, float64.
+        outputs: Tokens so far, int64.
+        allowed: Tokens that may still come, int64.
+        tokens: Rising, float64 [X].
+        width: Half the width in tokens over which it falls to 0 about `allowed`, float64.
+        scale: Of the prior, in tokens, float64.
+        unseen: Weight of the prior, in lengths.
+    """
+    alive = np.empty((len(outputs), len(tokens)))
+    for i in range(len(outputs)):
+        passed = np.searchsorted(finished, outputs[i], side="right")
+        beyond = len(finished) - passed + unseen
+        for j in range(len(tokens)):
+            while passed < len(finished) and finished[passed] <= outputs[i] + tokens[j]:
+                passed += 1
+            left = len(finished) - passed + unseen * scale[i] / (scale[i] + tokens[j])
+            limit = (allowed[i] + width[i] - tokens[j]) / (2 * width[i])
+            alive[i, j] = min(max(limit, 0.0), 1.0) * left / beyond
+    return alive
+
+
+@compiled
+def ending_last(alive: np.ndarray) -> np.ndarray:
+    """P(a sequence ends last of all), float64 [B], sums to 1: that the others are done when it ends.
+
+    `alive` [B, X]: P(it runs on past each of X points), falling.
+    """
+    batch, points = alive.shape
+    last, done = np.full(batch, _LEAST), np.empty(batch)
+    for x in range(points - 1):
+        for i in range(batch):
+            done[i] = math.log(max(1.0 - 0.5 * (alive[i, x] + alive[i, x + 1]), _LEAST))
+        all_done = done.sum()
+        if all_done < 3 * math.log(_LEAST):
+            continue  # not even all others are done here
+        for i in range(batch):
+            last[i] += (alive[i, x] - alive[i, x + 1]) * math.exp(all_done - done[i])
+    return last / last.sum()

@@ -1,0 +1,128 @@
+"""The policy's inner loops, against what they compute written another way."""
+
+import numpy as np
+import pytest
+
+from rollout_spec.policy import compiled
+from rollout_spec.policy.compiled import (
+    Prices,
+    deepest,
+    ending_last,
+    outlasting,
+    powers,
+    put_behind,
+    seconds,
+    survival,
+)
+from rollout_spec.policy.cost_model import PassCost
+
+MIXTURE = PassCost(1e-3, 2e-4, 1e-2, 6e-4, 5e-8, 1e-9, 1e-6, 4e-3, 0.1, 2e-4)
+TARGET = PassCost(1e-3, 2e-4, 1e-2, 6e-4, 5e-8)
+STEP = PassCost(5e-4, 1e-4, 3e-3, 2e-4, 5e-8)
+UNCORRECTED = np.ones(20)
+BATCH, LONGEST = 9, 6
+
+
+def prices(cost, factors=UNCORRECTED):
+    return Prices(cost.terms, factors)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_a_pass_costs_what_the_model_says_corrected_by_its_rows():
+    factors = np.geomspace(0.5, 2.0, 20)
+    for batch, rows, context in [(1, 1, 0), (4, 4, 900), (4, 20, 900), (64, 127, 64000), (64, 128, 64000)]:
+        wanted = MIXTURE.seconds(batch, rows, context) * factors[rows.bit_length()]
+        assert seconds(prices(MIXTURE, factors), batch, rows, context) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_survival_is_the_product_of_what_each_token_survives(rng):
+    request = np.stack((np.full(20, 30.0), rng.uniform(0, 30, 20)), 1)
+    slots, rejection, expected = rng.permutation(20)[:BATCH], rng.uniform(0, 0.9, LONGEST), 0.3
+    rejected = (30 - request[slots, 1] + 16 * expected) / (30 + 16)
+    hazard = np.clip(1 - rejected[:, None] / expected * rejection, 0, 0.999)
+    np.testing.assert_allclose(survival(request, slots, rejection, expected, 16.0), hazard.cumprod(1))
+
+
+def test_what_stands_behind_history_is_reached_if_all_of_that_is_accepted(rng):
+    confidence, before = rng.uniform(0, 1, BATCH), rng.integers(0, 5, BATCH)
+    alive = powers(confidence, LONGEST)
+    np.testing.assert_allclose(alive, confidence[:, None] ** np.arange(1, LONGEST + 1))
+    certain = put_behind(alive, confidence, before)
+    np.testing.assert_allclose(alive, confidence[:, None] ** (before[:, None] + np.arange(1, LONGEST + 1)))
+    np.testing.assert_allclose(
+        certain, [(c ** np.arange(1, n + 1)).sum() for c, n in zip(confidence, before, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("drafter", [None, STEP])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_of_what_is_on_offer_the_depth_of_the_largest_gain_is_taken(rng, drafter, ragged):
+    """Every depth, priced one by one. Gains rise and then fall with the depth here."""
+    for _ in range(50):
+        weights = rng.dirichlet(np.full(BATCH, 0.5))
+        given, limit = powers(rng.uniform(0, 1, BATCH), LONGEST), rng.integers(0, LONGEST + 1, BATCH)
+        limit[0] = LONGEST
+        context, history, ahead, worth, plain = 5000, 3, 2e-3, 1.2, 0.02
+        step = None if drafter is None else prices(drafter)
+        alive = given.copy()
+        offered, depth, gain, duration = deepest(
+            alive, limit, weights, prices(TARGET), step, context, history, ahead, worth, plain, 1.3, ragged
+        )
+        assert (offered <= limit).all()
+        np.testing.assert_array_equal(alive, given * (np.arange(LONGEST) < offered[:, None]))
+        if not ragged:
+            np.testing.assert_array_equal(offered, limit)
+        found = []
+        for longest in range(1, offered.max() + 1):
+            lengths = np.minimum(offered, longest)
+            taken = ahead + seconds(prices(TARGET), BATCH, BATCH + history + int(lengths.sum()), context)
+            for j in range(longest if step else 0):
+                active = int((offered > j).sum())
+                taken += seconds(step, active, active, context * active // BATCH)
+            emitted = worth + sum(w * a[:k].sum() for w, a, k in zip(weights, given, lengths, strict=True))
+            found.append((emitted * plain / taken, taken))
+        assert (gain, duration) == pytest.approx(max(found), rel=1e-9)
+        assert (gain, duration) == pytest.approx(found[depth - 1], rel=1e-9)
+
+
+def test_a_token_is_on_offer_if_it_is_worth_its_price(rng):
+    weights, alive = np.array([0.9, 0.1]), powers(np.full(2, 0.7), LONGEST)
+    row = (seconds(prices(TARGET), 2, 8, 100) - seconds(prices(TARGET), 2, 4, 100)) / 4
+    wanted = (alive * weights[:, None] > row * 1.3 / 0.002).sum(1)
+    limit = np.full(2, LONGEST)
+    offered, *_ = deepest(alive, limit, weights, prices(TARGET), None, 100, 0, 0.0, 1.0, 0.002, 1.3, True)
+    np.testing.assert_array_equal(offered, wanted)
+    assert LONGEST > offered[0] > offered[1]
+
+
+def test_outlasting_counts_what_ran_longer(rng):
+    finished, outputs = np.sort(rng.integers(1, 500, 300)).astype(float), rng.integers(0, 400, BATCH)
+    allowed, tokens = rng.integers(1, 300, BATCH), np.array([0.0, 3.0, 50.0, 220.0])
+    width, scale, unseen = 0.5 * allowed, np.full(BATCH, 40.0), 1.0
+    found = outlasting(finished, outputs, allowed, tokens, width, scale, unseen)
+    for i in range(BATCH):
+        for j, x in enumerate(tokens):
+            ran_longer = (finished > outputs[i] + x).sum() + 40 / (40 + x)
+            limit = np.clip((allowed[i] + width[i] - x) / (2 * width[i]), 0, 1)
+            assert found[i, j] == pytest.approx(limit * ran_longer / ((finished > outputs[i]).sum() + 1))
+
+
+def test_the_one_that_runs_on_ends_last():
+    alive = np.array([[1.0, 0.5, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.5, 0.0], [1.0, 0.9, 0.8, 0.0, 0.0]])
+    last = ending_last(alive)
+    assert last.sum() == pytest.approx(1)
+    assert last[1] > 0.7 > 0.3 > last[2] > last[0]
+
+
+def test_loops_are_compiled_where_no_code_can_be_kept(monkeypatch):
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: (function, options)
+
+    monkeypatch.setattr(compiled, "njit", njit)
+    assert compiled.compiled(len) == (len, {"error_model": "numpy"})
