@@ -23,6 +23,7 @@ import numpy as np
 from rollout_spec.policy.acceptance import AcceptanceTracker
 from rollout_spec.policy.arbiter import Arbiter
 from rollout_spec.policy.candidates import Candidate, Round
+from rollout_spec.policy.compiled import survey
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 from rollout_spec.policy.lengths import RemainingLength
 from rollout_spec.policy.online_costs import OnlineCosts
@@ -37,13 +38,12 @@ from rollout_spec.policy.records import (
 )
 
 _PLAIN = "plain"
-_LOOK_EVERY = 2  # passes between looks at one of the arms that do not run
+HOLD = 3  # passes between looks at the other arms, in which what runs only plans its draft lengths anew
 _REST, _LONGEST_REST = 3, 63  # plain passes between looks while nothing changes
 _LOOKING = 0.0015  # share of the time that looks may take: rests are as long as it takes
 _CHANGE = 8  # a batch that changes by more than this part of it is another
 _DECISION_STEP = 0.1  # weight of one decision in the time that decisions take
 _ALONE_EVERY = 16  # passes between estimates of the gain that the last sequence will have
-_LAST_EVERY = 4  # passes between looks at who ends last, while the batch stays
 _NEAR = 0.9  # a gain below this is not looked at more closely
 _WEIGH_EVERY = 32  # passes between looks at how far sequences drift apart
 _OFTEN_STEP = 0.03  # weight of one pass in how often an arm pays
@@ -132,10 +132,12 @@ class AutomaticPolicy(SpeculationPolicy):
         self._mode = _PLAIN
         self._weights = np.zeros(0)
         self._makespan = 0.0  # share of a plain pass's worth that lies in the end of the last sequence
-        self._last = (0, np.zeros(0, np.int64), np.zeros(0))  # a pass, its slots, and P(each ends last)
         self._alone = (0, 1.0)  # the pass it was estimated in, and the gain once a single sequence is left
         self._passes = self._batch = 0
         self._rest = self._pause = 0  # plain passes to the next look, and between the last two
+        self._held = self._asked = 0  # passes to the next look, and the pass of the last
+        self._sort: tuple[object, ...] = ()  # drafters and kinds of proposals that there were at the last
+        self._slots = np.zeros(0, np.int64)  # and the sequences
         self._plain_seconds = math.nan
         self._looked = False  # whether the plan of this pass took a decision
         self.deciding = 0.0  # seconds that a decision takes
@@ -166,26 +168,34 @@ class AutomaticPolicy(SpeculationPolicy):
         if not self._looked:
             self._rest -= 1
             return Plan.plain(batch, Reason.NOT_WORTH, self._plain_seconds)
-        room = np.minimum(state.allowed - 1, self.longest)
-        if not room.any():
+        lengths = None if state.matches is None else state.matches.lengths
+        room, fits, context, matched, same = survey(
+            state.slots, self._slots, state.allowed, state.lengths, lengths, self.longest
+        )
+        if not fits:
             return Plan.plain(batch, Reason.LAST_TOKEN)
-        matches = state.matches if state.matches is not None and state.matches.lengths.any() else None
+        sort = (matched, state.drafters)
+        if self._held and same and sort == self._sort:
+            self._held -= 1
+            round = Round(self, state, self._weights, room, context, self._plain_seconds)
+            return self._carry_out(round, self._mode, None, Reason.STILL_PAYS)
+        self._held, self._sort, self._slots = 0, sort, state.slots
         drafters = [name for name in state.drafters if name in self.acceptance]
-        if not drafters and matches is None:
+        if not drafters and not matched:
             self._mode = _PLAIN
             return Plan.plain(batch, Reason.NO_DRAFTER)
-        context = int(state.lengths.sum())
         plain_seconds = self.costs.target(batch, batch, context)
         if not 0 < plain_seconds < math.inf:
             self._mode = _PLAIN
             return Plan.plain(batch, Reason.BAD_COST)
 
+        self._plain_seconds = plain_seconds
         weights = self._value_of_tokens(state, context, plain_seconds)
         round = Round(self, state, weights, room, context, plain_seconds)
-        arms = [HISTORY] if matches is not None else []
+        arms = [HISTORY] if matched else []
         for name in drafters:
             behind = f"{HISTORY}+{name}"
-            arms += [name, behind] if matches is not None and behind in self.arbiter.arms else [name]
+            arms += [name, behind] if matched and behind in self.arbiter.arms else [name]
         if self._changed(batch):
             self._batch, self._pause = batch, 0
             for known in self._known.values():
@@ -197,7 +207,7 @@ class AutomaticPolicy(SpeculationPolicy):
         return abs(batch - self._batch) > self._batch // _CHANGE
 
     def _settle(self, round: Round, arms: list[str], plain_seconds: float) -> Plan:
-        """Compare the arms; only what runs, and one of the others in turn, is evaluated anew in every pass."""
+        """Compare the arms; of those that neither run nor are near to paying, one in turn is evaluated anew."""
         batch = round.batch
         candidates = {arm: round.candidate(arm) for arm in self._due(arms)}
         for name, candidate in candidates.items():
@@ -209,7 +219,8 @@ class AutomaticPolicy(SpeculationPolicy):
         best = self._with_hysteresis(gains)
         reason = Reason.STILL_PAYS if best == self._mode else Reason.PAYS
         self._mode = best
-        arm = self.arbiter.explore(gains, best, batch, plain_seconds, 1 + self._pause)
+        arm = self.arbiter.explore(gains, best, batch, plain_seconds, self._passes - self._asked)
+        self._asked = self._passes
         if arm is None:
             arm = best
         else:
@@ -219,20 +230,28 @@ class AutomaticPolicy(SpeculationPolicy):
         if arm == _PLAIN:
             longest = min(max(_REST, self.deciding / (_LOOKING * plain_seconds)), _LONGEST_REST)
             self._rest = self._pause = min(2 * self._pause + 1, int(longest))
-            self._plain_seconds = plain_seconds
             return Plan.plain(batch, Reason.NOT_WORTH, plain_seconds)
-        if self._rng.random() < self.probe_share:
-            return Plan.plain(batch, Reason.PROBE, plain_seconds)
-        seen, age = self.costs.plain_age(batch)
-        if gains[arm] < _SURE and (seen < _REFERENCES or age > _REFERENCE_AGE):
-            return Plan.plain(batch, Reason.REFERENCE, plain_seconds)
-        chosen = candidates[arm] if arm in candidates else round.candidate(arm)
+        if arm == best:
+            self._held = HOLD
         instead = gains[best] if reason is Reason.EXPLORE else None
+        return self._carry_out(round, arm, candidates.get(arm), reason, instead)
+
+    def _carry_out(
+        self, round: Round, arm: str, chosen: Candidate | None, reason: Reason, instead: float | None = None
+    ) -> Plan:
+        """Draft as `arm` does, unless this pass is to show what plain decoding does."""
+        known, plain_seconds = self._known[arm], round.plain_seconds
+        if self._rng.random() < self.probe_share:
+            return Plan.plain(round.batch, Reason.PROBE, plain_seconds)
+        seen, age = self.costs.plain_age(round.batch)
+        if known.gain < _SURE and (seen < _REFERENCES or age > _REFERENCE_AGE):
+            return Plan.plain(round.batch, Reason.REFERENCE, plain_seconds)
+        chosen = chosen or round.candidate(arm)
         self._predicted = _Predicted(
-            arm, round.state.slots, chosen.gain, plain_seconds, instead, self._known[arm].together
+            arm, round.state.slots, chosen.gain, plain_seconds, instead, known.together
         )
         return Plan(
-            chosen.draft_lengths, chosen.from_history, chosen.drafter, reason, gains[arm], chosen.seconds
+            chosen.draft_lengths, chosen.from_history, chosen.drafter, reason, known.gain, chosen.seconds
         )
 
     @property
@@ -249,7 +268,7 @@ class AutomaticPolicy(SpeculationPolicy):
             known = self._known.setdefault(arm, _Known(self._passes - 1))
             near = self._mode == _PLAIN and known.gain > _NEAR
             (due if near or not known.valid or arm == self._mode else others).append(arm)
-        if others and (self._mode == _PLAIN or self._passes % _LOOK_EVERY == 0):
+        if others:
             due.append(min(others, key=lambda arm: self._known[arm].looked))
         return due
 
@@ -289,7 +308,8 @@ class AutomaticPolicy(SpeculationPolicy):
         fixed = max(plain_seconds - batch * marginal, 0.0)
         worth = fixed / gain + marginal * batch
         self._makespan = fixed / gain / worth
-        self._weights = self._makespan * self._last_to_finish(state) + marginal / worth
+        last = self.lengths.last_to_finish(state.outputs, state.allowed)
+        self._weights = self._makespan * last + marginal / worth
         return self._weights
 
     def _together(self, candidate: Candidate, state: StepState, often: float) -> float:
@@ -306,14 +326,6 @@ class AutomaticPolicy(SpeculationPolicy):
         drift = math.sqrt(max(candidate.square - tau * tau, 0.0) * passes)
         lost = self.lengths.delay(state.outputs, state.allowed, drift) / passes
         return 1.0 - self._makespan * min(lost, tau - 1.0) / tau
-
-    def _last_to_finish(self, state: StepState) -> np.ndarray:
-        """P(a sequence ends last), looked up often: a laggard that catches up is none any more."""
-        when, slots, last = self._last
-        if self._passes - when >= _LAST_EVERY or not np.array_equal(slots, state.slots):
-            last = self.lengths.last_to_finish(state.outputs, state.allowed)
-            self._last = self._passes, state.slots, last
-        return last
 
     def _gain_alone(self, drafters: tuple[str, ...], plain_seconds: float, kv_tokens: int) -> float:
         """Largest gain expected for a single sequence, at the mean acceptance; at least 1."""

@@ -80,6 +80,33 @@ def seconds(prices: Prices, batch: int, rows: int, kv_tokens: int) -> float:
 
 
 @compiled
+def survey(
+    slots: np.ndarray,
+    slots_before: np.ndarray,
+    allowed: np.ndarray,
+    lengths: np.ndarray,
+    matched: np.ndarray | None,
+    longest: int,
+) -> tuple[np.ndarray, bool, int, bool, bool]:
+    """What a policy asks of a `StepState` first, in one go.
+
+    Returns:
+        Draft tokens for which there is room, int64, at most `longest`; whether there is any; context tokens of all
+        sequences together; whether history matches anything; whether the sequences are those of before.
+    """
+    room, fits, context = np.empty(len(slots), np.int64), False, 0
+    proposed, same = False, len(slots) == len(slots_before)
+    for i in range(len(slots)):
+        room[i] = min(allowed[i] - 1, longest)
+        fits |= room[i] > 0
+        context += lengths[i]
+        if matched is not None:
+            proposed |= matched[i] > 0
+        same = same and slots[i] == slots_before[i]
+    return room, fits, context, proposed, same
+
+
+@compiled
 def survival(
     request: np.ndarray, slots: np.ndarray, rejection: np.ndarray, expected: float, prior: float
 ) -> np.ndarray:
