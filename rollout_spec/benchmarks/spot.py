@@ -24,7 +24,6 @@ from rollout_spec.contracts import SamplingParams
 from rollout_spec.example_policy import example_folder, load_problems
 
 NEIGHBOURS = ("train", "local", "idle", "stream")
-MICRO_BATCHES = 2  # per round: whatever a rollout's end cuts off is lost
 
 
 class Neighbour:
@@ -93,6 +92,7 @@ class Free:
         long: int = 4,
     ) -> None:
         self.draws, self.seed, self.short, self.long = draws, seed, short, long
+        self.options = SpotOptions()  # what a user gets
         self.seconds: dict[str, list[float]] = {kind: [] for kind in NEIGHBOURS}
 
     def run(self) -> dict[str, Any]:
@@ -101,8 +101,7 @@ class Free:
         with tempfile.TemporaryDirectory() as folder:
             role = Path(folder) / "role"
             role.write_text("train")
-            options = SpotOptions(micro_batches=MICRO_BATCHES, publish_every=12, save_every=4)
-            group = SpotGroup(2, served_policy, partial(trainee, role), folder, options)
+            group = SpotGroup(2, served_policy, partial(trainee, role), folder, self.options)
             try:
                 for draw in (-2, -1):  # fills the buffers
                     group.rollout(self._shares(pool, draw))
@@ -139,7 +138,7 @@ class Free:
             )
 
         def agreed(figures: Any) -> int:
-            return int(figures["coordinator"]["step"]) * MICRO_BATCHES
+            return int(figures["coordinator"]["step"]) * self.options.micro_batches
 
         medians = {kind: statistics.median(seconds) for kind, seconds in self.seconds.items()}
         ratios = {}
