@@ -14,7 +14,9 @@ the margin.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +38,8 @@ from rollout_spec.policy.records import (
     StepOutcome,
     StepState,
 )
+
+logger = logging.getLogger("rollout_spec")
 
 _PLAIN = "plain"
 HOLD = 3  # passes between looks at the other arms, in which what runs only plans its draft lengths anew
@@ -147,11 +151,17 @@ class AutomaticPolicy(SpeculationPolicy):
 
     def _compile(self) -> None:
         """Have the inner loops compiled now, not in a pass, whose time counts."""
-        pair = np.ones(2, np.int64)
+        began, pair = time.perf_counter(), np.ones(2, np.int64)
         state = StepState(pair, pair, pair, pair, matches=Matches(pair, np.full(2, 0.5)))
+        for matched in (None, pair):
+            survey(pair, pair, pair, pair, matched, self.longest)
         round = Round(self, state, self.lengths.last_to_finish(pair, pair), pair, 2, 1.0)
         for arm in self.arbiter.arms[1:]:
             round.candidate(arm)
+        if (took := time.perf_counter() - began) > 1:
+            logger.info(
+                "compiled the policy's inner loops in %.0f s; the code is kept for the next start", took
+            )
 
     # --- deciding --------------------------------------------------------------------------------------
 

@@ -25,9 +25,8 @@ def compiled(function: _Function) -> _Function:
     """Compile a function of numbers and arrays. What divides by zero in it is infinite or NaN, as in NumPy."""
     try:
         return cast(_Function, njit(cache=True, error_model="numpy")(function))
-    except (
-        RuntimeError
-    ):  # neither the package's folder nor the user's cache can be written: again in every process
+    except RuntimeError:
+        # Neither the package's folder nor the user's cache can be written: every process compiles anew.
         return cast(_Function, njit(error_model="numpy")(function))
 
 
@@ -45,25 +44,14 @@ class Prices(NamedTuple):
 
 def pass_seconds(terms: tuple[float, ...], batch: Any, rows: Any, kv_tokens: Any) -> Any:
     """`PassCost.seconds` of `PassCost.terms`, numbers or arrays; `cost_model` explains it."""
-    (
-        launch,
-        per_sequence,
-        weights,
-        per_row,
-        per_kv_token,
-        per_kv_row,
-        per_context,
-        experts,
-        share,
-        collectives,
-    ) = terms
+    launch, sequence, weights, row, kv_token, kv_row, kv_walk, experts, share, collectives = terms
     read = weights + experts * (1.0 - (1.0 - share) ** rows)
     context = kv_tokens / batch
-    stream = kv_tokens * per_kv_token + context * rows * per_kv_row
-    walk = context * per_context * (rows > batch)
-    linears = (read**P_NORM + (per_row * rows) ** P_NORM) ** (1 / P_NORM)
+    stream = kv_tokens * kv_token + context * rows * kv_row
+    walk = context * kv_walk * (rows > batch)
+    linears = (read**P_NORM + (row * rows) ** P_NORM) ** (1 / P_NORM)
     attention = (stream**P_NORM + walk**P_NORM) ** (1 / P_NORM)
-    return launch + collectives + per_sequence * batch + linears + attention
+    return launch + collectives + sequence * batch + linears + attention
 
 
 _pass_seconds = compiled(pass_seconds)
