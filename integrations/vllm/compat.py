@@ -55,6 +55,7 @@ def install() -> None:
     after_import("vllm.v1.worker.gpu.model_runner", compat_v2.rebind_init_speculator)
     after_import("vllm.v1.worker.gpu_worker", compat_worker.watch_sleep)
     after_import("vllm.v1.worker.cpu_worker", hush_thread_warning)
+    after_import("llvmlite.binding.ffi", deny_special_names)
     after_import("vllm.v1.engine.input_processor", sampling.admit)
     after_import("vllm.v1.core.sched.scheduler", sampling.schedule_fewer)
     after_import("vllm.v1.worker.gpu_model_runner", sampling.load_all_processors)
@@ -109,3 +110,20 @@ def hush_thread_warning(module: ModuleType) -> None:
     The quantizers keep to one thread per linear; there the call is without effect, and would warn twice for each.
     """
     module.logger.addFilter(lambda record: "torch.set_num_threads" not in str(record.msg))
+
+
+def deny_special_names(module: ModuleType) -> None:
+    """Let no LLVM library that Numba has loaded seem to have a `__dict__`: it answers to every name there is.
+
+    vLLM on CPU looks for holders of its kernels in the `__dict__` of everything that any module holds, so that a process
+    which has compiled with Numba (our policy does, and vLLM's n-gram drafter) could start no engine any more.
+    """
+    library: Any = module._lib_wrapper
+    answer = library.__getattr__
+
+    def __getattr__(self: Any, name: str) -> Any:  # noqa: N807
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return answer(self, name)
+
+    library.__getattr__ = __getattr__

@@ -119,8 +119,7 @@ def fix_expand() -> bool:
     from vllm.triton_utils.dispatcher import KernelOverride
 
     kernels._expand_kernel_impl = expand  # every engine that starts in this process registers it again
-    # Made anew in place for everyone who holds it. `register_kernels` would look for holders in every module, and
-    # fails at that in a process that has compiled with numba, as vLLM's n-gram drafter does.
+    # Made anew in place for everyone who holds it; `register_kernels` would look for holders in every module.
     KernelOverride.__init__(verifier.expand_kernel, verifier.expand_kernel, expand)
     if probe_expand():
         raise RuntimeError(

