@@ -31,12 +31,11 @@ test-integration: test-trl ## Run the tests that start vLLM, verl, Ray or TRL
 	else echo "test-integration: there are no integration tests yet"; fi
 
 # Workers of vLLM and Ray can hang instead of failing, hence the limit in seconds. One thread, from the start: set
-# later, the threads of a process would disagree, which vLLM's attention on CPU refuses. Two halves, because what the verl
-# tests do to vLLM stays in their processes. Status 5 is a selection without tests in one of them.
+# later, the threads of a process would disagree, which vLLM's attention on CPU refuses. vLLM's engines run beside each
+# other; Ray's clusters hang if they do. Status 5 is a selection without tests in one of the halves.
 .integration: $(FULL_VENV)/.installed
-	@export OMP_NUM_THREADS=1; run="timeout --kill-after=30 $(INTEGRATION_LIMIT) $(FULL_VENV)/bin/python -m pytest -m integration \
-	  -n $(WORKERS) --dist loadfile"; \
-	{ $$run tests/vllm $(PYTEST_ARGS) || [ $$? -eq 5 ]; } && \
+	@export OMP_NUM_THREADS=1; run="timeout --kill-after=30 $(INTEGRATION_LIMIT) $(FULL_VENV)/bin/python -m pytest -m integration"; \
+	{ $$run -n $(WORKERS) --dist loadfile tests/vllm $(PYTEST_ARGS) || [ $$? -eq 5 ]; } && \
 	{ $$run --ignore=tests/vllm $(PYTEST_ARGS) || [ $$? -eq 5 ]; }
 
 test-trl: $(TRL_VENV)/.installed ## Run the tests that train with TRL, in an environment of its own

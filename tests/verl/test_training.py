@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from small_policy import REWARD, make_small_policy  # isort: skip
 from verl_runs import OURS, POLICY, Run  # isort: skip
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(700)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(450)]
 
 RunVerl = Callable[..., Run]
 

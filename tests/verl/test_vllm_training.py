@@ -11,7 +11,7 @@ import pytest
 from verl_runs import Run, run_example  # isort: skip
 from vllm_runs import name_vllm  # isort: skip
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 RunVerl = Callable[..., Run]
 OURS = "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.rollout_spec"
