@@ -32,7 +32,7 @@ test-integration: test-trl ## Run the tests that start vLLM, verl, Ray or TRL
 
 # Workers of vLLM and Ray can hang instead of failing, hence the limit in seconds. One thread, from the start: set
 # later, the threads of a process would disagree, which vLLM's attention on CPU refuses. vLLM's engines run beside each
-# other; Ray's clusters hang if they do. Status 5 is a selection without tests in one of the halves.
+# other, Ray's clusters do not. Status 5 is a selection without tests in one of the halves.
 .integration: $(FULL_VENV)/.installed
 	@export OMP_NUM_THREADS=1; run="timeout --kill-after=30 $(INTEGRATION_LIMIT) $(FULL_VENV)/bin/python -m pytest -m integration"; \
 	{ $$run -n $(WORKERS) --dist loadfile tests/vllm $(PYTEST_ARGS) || [ $$? -eq 5 ]; } && \

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from verl_runs import POLICY  # noqa: E402
 from rollout_spec.contracts import InvalidRequest, WeightError  # noqa: E402
 from rollout_spec.integrations.verl.metrics import ServerFigures  # noqa: E402
 from rollout_spec.integrations.verl.server import RolloutServer  # noqa: E402
+from rollout_spec.integrations.verl.spot import IdleTraining  # noqa: E402
 from rollout_spec.integrations.verl.transport import send  # noqa: E402
 
 PARAMS = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
@@ -284,8 +285,8 @@ def test_verls_own_mistakes_are_found_at_start(model: Any) -> None:
 
 
 @pytest.fixture
-def training_server(model: Any, monkeypatch: pytest.MonkeyPatch) -> RolloutServer:
-    """A server that trains a drafter; `overlaps` counts engine steps beside a micro-batch."""
+def training_server(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[RolloutServer]:
+    """A server that trains a drafter, until the test ends; `overlaps` counts engine steps beside a micro-batch."""
     spot = {"batch_tokens": 64, "publish_every": 1}
     options = {"rollout_spec": {"speculation": SPECULATION, "spot_training": spot}}
     server = RolloutServer(rollout(engine_kwargs=options), model, 0, RolloutMode.HYBRID)
@@ -306,7 +307,8 @@ def training_server(model: Any, monkeypatch: pytest.MonkeyPatch) -> RolloutServe
 
     monkeypatch.setattr(trainee, "micro_step", micro_step)
     monkeypatch.setattr(backend, "step", watched_step)
-    return server
+    yield server
+    asyncio.run(IdleTraining.need(server.idle_training))  # also where a test has made it wait for nothing
 
 
 def micro_batches(server: RolloutServer) -> int:
