@@ -140,7 +140,7 @@ class AutomaticPolicy(SpeculationPolicy):
         self._passes = self._batch = 0
         self._rest = self._pause = 0  # plain passes to the next look, and between the last two
         self._held = self._asked = 0  # passes to the next look, and the pass of the last
-        self._sort: tuple[object, ...] = ()  # drafters and kinds of proposals that there were at the last
+        self._offers: tuple[object, ...] = ()  # at the last look: whether history matched, and the drafters
         self._slots = np.zeros(0, np.int64)  # and the sequences
         self._plain_seconds = math.nan
         self._looked = False  # whether the plan of this pass took a decision
@@ -184,12 +184,12 @@ class AutomaticPolicy(SpeculationPolicy):
         )
         if not fits:
             return Plan.plain(batch, Reason.LAST_TOKEN)
-        sort = (matched, state.drafters)
-        if self._held and same and sort == self._sort:
+        offers = (matched, state.drafters)
+        if self._held and same and offers == self._offers:
             self._held -= 1
             round = Round(self, state, self._weights, room, context, self._plain_seconds)
             return self._carry_out(round, self._mode, None, Reason.STILL_PAYS)
-        self._held, self._sort, self._slots = 0, sort, state.slots
+        self._held, self._offers, self._slots = 0, offers, state.slots
         drafters = [name for name in state.drafters if name in self.acceptance]
         if not drafters and not matched:
             self._mode = _PLAIN

@@ -59,9 +59,9 @@ _pass_seconds = compiled(pass_seconds)
 
 @compiled
 def seconds(prices: Prices, batch: int, rows: int, kv_tokens: int) -> float:
-    """Duration of a pass, corrected."""
+    """Duration of a pass, corrected; compiled code does not check indices, so more rows count as the most there are."""
     bits = 0
-    while rows >> bits:
+    while rows >> bits and bits < len(prices.factors) - 1:
         bits += 1
     corrected: float = _pass_seconds(prices.terms, batch, rows, kv_tokens) * prices.factors[bits]
     return corrected

@@ -207,6 +207,25 @@ def test_two_way_hysteresis():
     assert set(reasons()) == {Reason.NOT_WORTH}
 
 
+def test_while_drafting_pays_it_looks_before_every_fourth_pass_and_whenever_something_is_new(monkeypatch):
+    made, looks = policy(), []
+    value = made._value_of_tokens
+    monkeypatch.setattr(made, "_value_of_tokens", lambda *args: looks.append(1) or value(*args))
+
+    def looked(where):
+        before = len(looks)
+        plan = made.plan(where)
+        assert plan.speculates and (plan.draft_lengths < where.allowed).all()
+        return len(looks) > before
+
+    assert [looked(state(2)) for _ in range(2 + 2 * HOLD)] == 2 * [True, *HOLD * [False]]
+    assert looked(state(2)) and not looked(state(2, allowed=3)), "there is less room"
+    assert looked(state(2, matches=Matches(np.array([4, 0]), np.array([0.9, 0.0])))), "history has a proposal"
+    others = state(2)
+    others.slots[:] = [5, 0]
+    assert looked(others), "other sequences"
+
+
 def test_no_latch():
     """A drafter that failed is tried again, and one that recovers is used again."""
     made = policy(explore_share=0.01)

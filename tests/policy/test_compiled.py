@@ -37,6 +37,8 @@ def test_a_pass_costs_what_the_model_says_corrected_by_its_rows():
     for batch, rows, context in [(1, 1, 0), (4, 4, 900), (4, 20, 900), (64, 127, 64000), (64, 128, 64000)]:
         wanted = MIXTURE.seconds(batch, rows, context) * factors[rows.bit_length()]
         assert seconds(prices(MIXTURE, factors), batch, rows, context) == pytest.approx(wanted, rel=1e-12)
+    most = MIXTURE.seconds(1, 1 << 30, 0) * factors[-1]
+    assert seconds(prices(MIXTURE, factors), 1, 1 << 30, 0) == pytest.approx(most, rel=1e-12)
 
 
 def test_survival_is_the_product_of_what_each_token_survives(rng):
@@ -114,7 +116,9 @@ def test_outlasting_counts_what_ran_longer(rng):
 def test_the_one_that_runs_on_ends_last():
     alive = np.array([[1.0, 0.5, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.5, 0.0], [1.0, 0.9, 0.8, 0.0, 0.0]])
     last = ending_last(alive)
-    assert last.sum() == pytest.approx(1)
+    done = 1 - 0.5 * (alive[:, :-1] + alive[:, 1:])
+    wanted = [((alive[i, :-1] - alive[i, 1:]) * np.delete(done, i, 0).prod(0)).sum() for i in range(3)]
+    np.testing.assert_allclose(last, np.array(wanted) / sum(wanted), atol=1e-9)
     assert last[1] > 0.7 > 0.3 > last[2] > last[0]
 
 
