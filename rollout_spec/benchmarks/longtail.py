@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from rich.console import Console
 from rollout_spec.benchmarks.bootstrap import median_interval
 from rollout_spec.benchmarks.calibrated import calibrated
 from rollout_spec.benchmarks.degrade import degrade, perturb
+from rollout_spec.benchmarks.turns import Work, in_turns
 from rollout_spec.contracts import Completion, SamplingParams, SpecCounts
 from rollout_spec.drafters.history import History
 from rollout_spec.drafters.quantize import usual_quantizer
@@ -62,10 +62,10 @@ def stratified(count: int, draws: int, seed: int) -> list[str]:
 
 
 class LongTail:
-    """Rollouts of `batch` prompts, one sample of each, drawn anew `draws` times; every way of deciding gets the same draws, in turn.
+    """Rollouts of `batch` prompts, one sample of each, drawn anew `draws` times; all ways of deciding roll the same draws out.
 
-    The policies with a memory keep it from draw to draw, as in use; before the first counted draw all have had
-    two of their own.
+    Each does so in an engine of its own, they take turns within a rollout and change engines from draw to draw. The
+    policies with a memory keep it, as in use; before the first counted draw all have had two of their own.
 
     Attributes:
         results: By name: speedup over plain decoding with its interval, and counts.
@@ -75,28 +75,31 @@ class LongTail:
 
     def __init__(self, path: Path, batch: int, draws: int, seed: int, console: Console) -> None:
         self.path, self.batch, self.draws, self.seed, self.console = path, batch, draws, seed, console
-        self.engine = RolloutEngine.from_pretrained(
-            path,
-            seed=seed,
-            max_model_len=640,
-            max_num_seqs=batch,
-            speculation={
-                "drafter": usual_quantizer("cpu", torch.bfloat16),
-                "draft_length": 6,
-                "verifier": "coupled",
-                "canary_min_acceptance": 0.0,
-            },
-        )
-        drafter = self.engine.backend.weights.drafter
+        self.engines = [
+            RolloutEngine.from_pretrained(
+                path,
+                seed=seed,
+                max_model_len=640,
+                max_num_seqs=batch,
+                speculation={
+                    "drafter": usual_quantizer("cpu", torch.bfloat16),
+                    "draft_length": 6,
+                    "verifier": "coupled",
+                    "canary_min_acceptance": 0.0,
+                },
+            )
+            for _ in range(2 + len(RULES))
+        ]
+        drafter = self.engines[0].backend.weights.drafter
         assert drafter is not None
         self.drafter = drafter.name
-        calibration = calibrated(self.engine, console)
+        calibration = calibrated(self.engines[0], console)
         self.costs = calibration.cost_model
         self.results: dict[str, dict[str, Any]] = {}
         self.over: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {
             "drafter": self.drafter,
-            "exactness": self.engine.stats().exactness,
+            "exactness": self.engines[0].stats().exactness,
             "costs": self.costs.to_dict(),
             "held_out_error": {kind: vars(error) for kind, error in calibration.held_out.items()},
         }
@@ -132,14 +135,15 @@ class LongTail:
         self._second_epoch()
         for acceptance in _DEGRADED:
             with self.console.status(f"degrading the drafter to acceptance {acceptance}"):
-                found = degrade(self.engine, acceptance, self._texts, self.seed)
-            self.notes[f"acceptance, asked for {acceptance}"] = round(found, 4)
+                found = [degrade(engine, acceptance, self._texts, self.seed) for engine in self.engines[:2]]
+            self.notes[f"acceptance, asked for {acceptance}"] = round(found[0], 4)
             self._epoch(
                 f"acceptance {acceptance}",
                 {"plain": Off(), "automatic, self-drafter": self._automatic()},
                 self._prompts[: (_DEGRADED_DRAWS + 2) * self.batch],
             )
-        perturb(self.engine, 0.0)
+        for engine in self.engines[:2]:
+            perturb(engine, 0.0)
 
     # --- the parts -------------------------------------------------------------------------------------
 
@@ -160,13 +164,19 @@ class LongTail:
             texts = prompts[draw * self.batch : (draw + 1) * self.batch]
             ids = [f"{epoch}-{self.batch}-{draw}-{row}" for row in range(self.batch)]
             names = list(policies)
-            for name in names[draw % len(names) :] + names[: draw % len(names)]:
-                self.engine.backend.history = (history or {}).get(name)
-                with self.console.status(f"{epoch}, B={self.batch}, draw {draw + 1} of {draws}: {name}"):
-                    seconds, completions = self._rollout(policies[name], texts, ids)
+            names = names[draw % len(names) :] + names[: draw % len(names)]
+            works = [
+                self._work(engine, policies[name], texts, ids, (history or {}).get(name))
+                for engine, name in zip(self.engines, names, strict=False)
+            ]
+            with self.console.status(f"{epoch}, B={self.batch}, draw {draw + 1} of {draws}"):
+                done = dict(zip(names, in_turns(works), strict=True))
+            for name, (seconds, completions) in done.items():
                 policies[name].after_update()  # a draw is an RL step
                 tokens = [completion.token_ids for completion in completions]
-                expected = self._plain.setdefault(ids[0], tokens)
+                expected = self._plain.setdefault(
+                    ids[0], [completion.token_ids for completion in done["plain"][1]]
+                )
                 if epoch == "epoch 1" and name == "plain":
                     self._answers += completions
                 if draw >= 2:
@@ -176,17 +186,20 @@ class LongTail:
                     run.differing += sum(a != b for a, b in zip(tokens, expected, strict=True))
             if draw >= 2:
                 lengths.append([len(tokens) for tokens in self._plain[ids[0]]])
-        self.engine.backend.history = None
         self._report(epoch, runs)
         return runs, lengths
 
-    def _rollout(
-        self, policy: SpeculationPolicy, texts: Sequence[str], ids: list[str]
-    ) -> tuple[float, list[Completion]]:
-        self.engine.backend.policy = policy
-        start = time.perf_counter()
-        completions = self.engine.generate(list(texts), SamplingParams(max_tokens=_LONGEST), request_ids=ids)
-        return time.perf_counter() - start, completions
+    def _work(
+        self,
+        engine: RolloutEngine,
+        policy: SpeculationPolicy,
+        texts: Sequence[str],
+        ids: list[str],
+        history: History | None = None,
+    ) -> Work[list[Completion]]:
+        engine.backend.history = history
+        params = SamplingParams(max_tokens=_LONGEST)
+        return Work(engine, policy, partial(engine.generate, list(texts), params, request_ids=ids))
 
     def _report(self, epoch: str, runs: dict[str, Rollouts]) -> None:
         plain = np.array(runs["plain"].seconds)
@@ -244,7 +257,7 @@ class LongTail:
         for draw in range(len(self._tuning) // self.batch):
             texts = self._tuning[draw * self.batch : (draw + 1) * self.batch]
             ids = [f"tuning-{draw}-{row}" for row in range(self.batch)]
-            self._texts += self._rollout(policy, texts, ids)[1]
+            self._texts += in_turns([self._work(self.engines[0], policy, texts, ids)])[0][1]
         spec = sum((completion.spec for completion in self._texts), SpecCounts())
         tried = spec.accepted + spec.verify_steps * (1 - spec.accepted / spec.drafted)
         self._alpha = min(spec.accepted / tried, 0.999)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.console import Console
 from rollout_spec.benchmarks.bootstrap import median_interval
 from rollout_spec.benchmarks.calibrated import calibrated
 from rollout_spec.benchmarks.degrade import perturb
+from rollout_spec.benchmarks.turns import Work, in_turns
 from rollout_spec.contracts import SamplingParams
 from rollout_spec.drafters.history import History
 from rollout_spec.drafters.quantize import usual_quantizer
@@ -25,7 +27,7 @@ from rollout_spec.models.checkpoint import read_checkpoint
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Off, Stateless
 from rollout_spec.policy.cost_model import CostModel, PassCost
-from rollout_spec.policy.records import Matches, Plan, Reason, SpeculationPolicy, StepOutcome, StepState
+from rollout_spec.policy.records import Matches, Plan, Reason, StepOutcome, StepState
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = 64  # of every answer: all end together, which is where tokens ahead of the others are worth least
@@ -39,11 +41,11 @@ _USELESS = 4.0  # relative noise on the drafter's weights that leaves nothing of
 
 
 class NeverSlower:
-    """Automatic mode against plain decoding in one engine, so at equal memory, at every batch size.
+    """Automatic mode against plain decoding in engines of one kind, so at equal memory, at every batch size.
 
-    Every automatic run stands between two plain ones of the same prompts, whose mean it is compared with, and whose
-    ratio says what the machine's noise is. Every such triple has prompts of its own, so that history finds nothing
-    but the answer at hand.
+    Three engines take turns at the same prompts: one decides, two decode plainly. It is compared with their mean, and
+    their ratio says what the machine's noise is. Engines change places from triple to triple. Every triple has
+    prompts of its own, so that history finds nothing but the answer at hand.
 
     Attributes:
         drafter: Kind of the self-drafter.
@@ -56,57 +58,49 @@ class NeverSlower:
     ) -> None:
         self.path, self.pairs, self.seed, self.console, self.batches = path, pairs, seed, console, batches
         self.ratios: dict[str, dict[str, Any]] = {}
-        self.engine = RolloutEngine.from_pretrained(
-            path,
-            seed=seed,
-            max_model_len=512,
-            max_num_seqs=max(batches),
-            kv_cache_tokens=max(batches) * 192,
-            speculation=_speculation() | {"canary": False, "canary_min_acceptance": 0.0},
-        )
-        self.drafter = self.engine.stats().drafter
-        self.calibration = calibrated(self.engine, console)
+        self.engines = [
+            RolloutEngine.from_pretrained(
+                path,
+                seed=seed,
+                max_model_len=512,
+                max_num_seqs=max(batches),
+                kv_cache_tokens=max(batches) * 192,
+                speculation=_speculation() | {"canary": False, "canary_min_acceptance": 0.0},
+            )
+            for _ in range(3)
+        ]
+        self.drafter = self.engines[0].stats().drafter
+        self.calibration = calibrated(self.engines[0], console)
         self._history = History()
         self._prompts = _long_prompts(seed)
 
     def useful(self) -> None:
         """With the drafter as it is, learning on from run to run, as in use."""
-        self._sweep("useful drafter", lambda: None)
+        self._sweep("useful drafter")
 
     def useless(self) -> None:
         """With a drafter that is never right; the policy starts out expecting it to be useful."""
-        perturb(self.engine, _USELESS, self.seed)
-        self._sweep("useless drafter", lambda: None)
-        perturb(self.engine, 0.0)
+        for engine in self.engines:
+            perturb(engine, _USELESS, self.seed)
+        self._sweep("useless drafter")
+        for engine in self.engines:
+            perturb(engine, 0.0)
 
     def updated(self) -> None:
         """Right after a weight update: each run is the first under its version (the update itself is not timed)."""
-        self._sweep("right after an update", self._update)
+        self._sweep("right after an update", updates=True)
 
-    def _update(self) -> None:
-        self.engine.update_weights(read_checkpoint(self.path))
-
-    def _sweep(self, situation: str, before: Callable[[], None]) -> None:
-        engine, backend = self.engine, self.engine.backend
-        automatic, off = AutomaticPolicy(self.calibration.cost_model, seed=self.seed), Off()
+    def _sweep(self, situation: str, updates: bool = False) -> None:
+        automatic = AutomaticPolicy(self.calibration.cost_model, seed=self.seed)
         for batch in self.batches:
-            triples: list[tuple[float, float, float]] = []
-
-            def run(policy: SpeculationPolicy, prompts: list[str]) -> float:
-                backend.policy = policy
-                backend.history = self._history if policy is automatic else None
-                before()
-                start = time.perf_counter()
-                engine.generate(prompts, SamplingParams(max_tokens=_tokens(len(prompts)), ignore_eos=True))
-                return time.perf_counter() - start
-
             with self.console.status(f"{situation}, B={batch}"):
-                prompts = list(islice(self._prompts, batch))
-                taken = run(off, prompts), run(automatic, prompts), run(off, prompts)  # not counted
-                repeats = math.ceil(_LEAST_SECONDS / sum(taken))
+                repeats = math.ceil(
+                    _LEAST_SECONDS / sum(self._triple(automatic, batch, updates))
+                )  # not counted
+                triples = []
                 for _ in range(max(self.pairs, min(repeats, _MOST_TRIPLES))):
-                    prompts = list(islice(self._prompts, batch))
-                    triples.append((run(off, prompts), run(automatic, prompts), run(off, prompts)))
+                    self.engines.append(self.engines.pop(0))
+                    triples.append(self._triple(automatic, batch, updates))
             first, speculated, second = np.array(triples).T
             name = f"{situation}, B={batch}"
             row = _ratios((first + second) / 2 / speculated)
@@ -120,6 +114,20 @@ class NeverSlower:
                 f"{name}: {row['median_ratio']:.3f} ({row['lower_95']:.3f}-{row['upper_95']:.3f})",
                 highlight=False,
             )
+
+    def _triple(self, automatic: AutomaticPolicy, batch: int, updates: bool) -> tuple[float, float, float]:
+        """Seconds of plain decoding, of automatic mode and of plain decoding, on the next prompts."""
+        prompts = list(islice(self._prompts, batch))
+        params = SamplingParams(max_tokens=_tokens(batch), ignore_eos=True)
+        works = []
+        for engine, policy in zip(self.engines, (Off(), automatic, Off()), strict=True):
+            engine.backend.policy = policy  # the one that hears of the update
+            engine.backend.history = self._history if policy is automatic else None
+            if updates:
+                engine.update_weights(read_checkpoint(self.path))
+            works.append(Work(engine, policy, partial(engine.generate, prompts, params)))
+        plain, speculated, again = (seconds for seconds, _ in in_turns(works))
+        return plain, speculated, again
 
 
 def _tokens(batch: int) -> int:

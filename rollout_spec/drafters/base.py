@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from rollout_spec.models.decoder import Attend, Decoder
 from rollout_spec.models.weights import Piece
+from rollout_spec.sampling import verify
 
 
 class FeatureModel(Protocol):
@@ -41,6 +43,8 @@ class DraftRound:
             `FeatureModel` over a cache of its own. In step 0 (None, None) it reads the target's features of all
             tokens that it has not read, later the `tokens` and its own `states` of step j - 1. None where the
             backend keeps no features.
+        more: `leads float32 [active[j], 1] -> bool`: whether to go on after step j, given how sure the drafter was of
+            what it drafted there (`verify.lead_coupled`, `verify.lead_rejection`); None: go on to the end.
     """
 
     active: tuple[int, ...]
@@ -49,6 +53,7 @@ class DraftRound:
     process: Callable[[Tensor, int, list[Tensor]], Tensor]
     keys: Callable[[int], Tensor]
     follow: Callable[[FeatureModel, Tensor | None, Tensor | None, int], Tensor] | None = None
+    more: Callable[[Tensor], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,36 @@ class Proposal:
     tokens: list[Tensor]
     logits: list[Tensor] | None
     healthy: Tensor
+
+
+def draft(round: DraftRound, forward: Callable[[Tensor | None, int], Tensor]) -> Proposal:
+    """Draw a token of every sequence step by step, until all have theirs or the round wants no more.
+
+    Args:
+        forward: `(tokens [B', 1] of step j - 1 or None, j) -> logits float32 [active[j], 1, V]`.
+    """
+    tokens: Tensor | None = None
+    drafted: list[Tensor] = []
+    logits: list[Tensor] = []
+    healthy: Tensor | None = None
+    for step in range(len(round.active)):
+        raw = forward(tokens, step)
+        finite = (raw < torch.inf).all()
+        healthy = finite if healthy is None else healthy & finite
+        processed = round.process(raw, step, drafted)
+        if round.more is None:
+            draw = verify.draft_coupled if round.coupled else verify.draft_rejection
+            tokens, leads = draw(processed, round.keys(step)), None
+        else:
+            draw_led = verify.lead_coupled if round.coupled else verify.lead_rejection
+            tokens, leads = draw_led(processed, round.keys(step))
+        drafted.append(tokens)
+        if not round.coupled:
+            logits.append(processed)
+        if leads is not None and round.more is not None and not round.more(leads):
+            break
+    assert healthy is not None, "a round has at least one step"
+    return Proposal(drafted, logits or None, healthy)
 
 
 class Drafter(Protocol):

@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rollout_spec.contracts import WeightError, invalid
-from rollout_spec.drafters.base import DraftRound, Proposal
+from rollout_spec.drafters.base import DraftRound, Proposal, draft
 from rollout_spec.drafters.eagle_spec import HEAD, EagleSpec
 from rollout_spec.drafters.quantizers.base import QuantizedLinear, Quantizer
 from rollout_spec.models.decoder import Attend, Decoder
 from rollout_spec.models.linear import Linear, make_linear
 from rollout_spec.models.rope import rotate
 from rollout_spec.models.weights import Piece
-from rollout_spec.sampling.verify import draft_coupled, draft_rejection
 
 NAME = "adaptive"
 _TABLES = ("d2t", "t2d")
@@ -143,23 +142,16 @@ class EagleDrafter:
         return logits.index_copy_(1, self._ids, own(x).float())
 
     def propose(self, round: DraftRound) -> Proposal:
-        draw = draft_coupled if round.coupled else draft_rejection
         follow = round.follow
         assert follow is not None, "no features are kept"
-        tokens = states = None
-        drafted: list[Tensor] = []
-        logits: list[Tensor] = []
-        healthy = torch.ones((), dtype=torch.bool, device=self._target.weights.embed.device)
-        for step in range(len(round.active)):
+        states: Tensor | None = None
+
+        def forward(tokens: Tensor | None, step: int) -> Tensor:
+            nonlocal states
             states = follow(self.model, tokens, states, step)
-            raw = self.logits(states)[:, None]
-            healthy &= (raw < torch.inf).all()
-            processed = round.process(raw, step, drafted)
-            tokens = draw(processed, round.keys(step))
-            drafted.append(tokens)
-            if not round.coupled:
-                logits.append(processed)
-        return Proposal(drafted, logits or None, healthy)
+            return self.logits(states)[:, None]
+
+        return draft(round, forward)
 
     def stage(self, piece: Piece) -> None:
         """Nothing: it is not made from the policy."""

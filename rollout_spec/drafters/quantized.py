@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from rollout_spec.drafters.base import DraftRound, Proposal
+from rollout_spec.drafters.base import DraftRound, Proposal, draft
 from rollout_spec.drafters.quantize import QuantizedLinear, Quantizer
 from rollout_spec.models.decoder import Decoder
 from rollout_spec.models.weights import Piece, is_linear, slots_of, weights_from_slots
-from rollout_spec.sampling.verify import draft_coupled, draft_rejection
 
 
 class QuantizedSelfDrafter:
@@ -66,17 +62,4 @@ class QuantizedSelfDrafter:
         return is_linear(slot) and (slot != "lm_head" or self._quantize_lm_head)
 
     def propose(self, round: DraftRound) -> Proposal:
-        draw = draft_coupled if round.coupled else draft_rejection
-        tokens: Tensor | None = None
-        drafted: list[Tensor] = []
-        logits: list[Tensor] = []
-        healthy = torch.ones((), dtype=torch.bool, device=self.model.weights.embed.device)
-        for step in range(len(round.active)):
-            raw = round.forward(self.model, tokens, step)
-            healthy &= (raw < torch.inf).all()
-            processed = round.process(raw, step, drafted)
-            tokens = draw(processed, round.keys(step))
-            drafted.append(tokens)
-            if not round.coupled:
-                logits.append(processed)
-        return Proposal(drafted, logits or None, healthy)
+        return draft(round, lambda tokens, step: round.forward(self.model, tokens, step))

@@ -27,6 +27,7 @@ from rollout_spec.policy.arbiter import Arbiter
 from rollout_spec.policy.candidates import Candidate, Round
 from rollout_spec.policy.compiled import survey
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
+from rollout_spec.policy.doubt import Leads, UntilInDoubt
 from rollout_spec.policy.lengths import RemainingLength
 from rollout_spec.policy.online_costs import OnlineCosts
 from rollout_spec.policy.records import (
@@ -52,6 +53,7 @@ _NEAR = 0.9  # a gain below this is not looked at more closely
 _WEIGH_EVERY = 32  # passes between looks at how far sequences drift apart
 _OFTEN_STEP = 0.03  # weight of one pass in how often an arm pays
 _KEPT_BY_UPDATE = 0.3  # weight that observations keep when the policy's weights change
+_ROOM = 2  # draft lengths may grow by this factor on the way, as long as the drafter is sure
 _SURE = 1.6  # a gain that is one even if plain passes are cheaper than predicted by as much as they ever were
 _REFERENCES, _REFERENCE_AGE = (
     3,
@@ -132,6 +134,7 @@ class AutomaticPolicy(SpeculationPolicy):
         arms = [_PLAIN, HISTORY, *names, *(f"{HISTORY}+{name}" for name in names)]
         self.arbiter = Arbiter(arms, explore_share=explore_share)
         self.acceptance = {name: AcceptanceTracker(longest) for name in names}
+        self.leads = {name: Leads() for name in names}
         self._rng = np.random.default_rng(seed)
         self._mode = _PLAIN
         self._weights = np.zeros(0)
@@ -260,9 +263,30 @@ class AutomaticPolicy(SpeculationPolicy):
         self._predicted = _Predicted(
             arm, round.state.slots, chosen.gain, plain_seconds, instead, known.together
         )
-        return Plan(
-            chosen.draft_lengths, chosen.from_history, chosen.drafter, reason, known.gain, chosen.seconds
-        )
+        lengths, stop = chosen.draft_lengths, None
+        if chosen.drafter is not None and round.state.stoppable and self.ragged:
+            lengths, stop = self._until_in_doubt(round, arm, chosen)
+        return Plan(lengths, chosen.from_history, chosen.drafter, reason, known.gain, chosen.seconds, stop)
+
+    def _until_in_doubt(self, round: Round, arm: str, chosen: Candidate) -> tuple[np.ndarray, UntilInDoubt]:
+        """Draft lengths with room beyond those chosen, and what decides on the way how much of it is used."""
+        assert chosen.drafter is not None
+        name, batch, context, before = chosen.drafter, round.batch, round.context, chosen.before
+        tracker, own = self.acceptance[name], chosen.draft_lengths - before
+        limits = np.where(own > 0, np.minimum(_ROOM * own, round.room - before), 0)
+        alive, matches = np.ones(batch), round.state.matches
+        if matches is not None and before.any():
+            alive = matches.confidence**before
+        rate = max(chosen.gain * self.arbiter.correction(arm, batch), 1.0) / round.plain_seconds
+        rows = self.costs.target(batch, 4 * batch, context) - self.costs.target(batch, 2 * batch, context)
+        row = max(rows / (2 * batch), 0.0) * rate
+
+        def step(drafting: int) -> float:
+            return rate * self.costs.draft(name, drafting, context * drafting // batch)
+
+        following = tracker.survival(round.state.slots)[:, 0]
+        acceptance = self.leads[name].acceptance(tracker.mean)
+        return before + limits, UntilInDoubt(alive, following, round.weights, limits, acceptance, row, step)
 
     @property
     def last_gain(self) -> float:
@@ -365,8 +389,9 @@ class AutomaticPolicy(SpeculationPolicy):
         if plan.speculates:
             own = plan.draft_lengths - plan.from_history
             if plan.drafter is not None:
+                drafted = own if outcome.drafted is None else outcome.drafted
                 self.costs.observe_drafting(
-                    plan.drafter, context, own, plan.from_history, outcome.draft_seconds
+                    plan.drafter, context, drafted, plan.from_history, outcome.draft_seconds
                 )
                 self._learn_acceptance(plan.drafter, state, plan, outcome, own)
             self._learn_gain(state, outcome)
@@ -395,17 +420,19 @@ class AutomaticPolicy(SpeculationPolicy):
         self, drafter: str, state: StepState, plan: Plan, outcome: StepOutcome, own: np.ndarray
     ) -> None:
         reached = outcome.accepted >= plan.from_history
-        self.acceptance[drafter].observe(
-            state.slots,
+        tried, accepted = (
             np.where(reached, own, 0),
             np.where(reached, outcome.accepted - plan.from_history, 0),
         )
+        self.acceptance[drafter].observe(state.slots, tried, accepted)
+        if outcome.leads is not None:
+            self.leads[drafter].observe(outcome.leads, tried, accepted)
 
     def add_drafter(self, name: str, cost: PassCost) -> None:
         """It drafts by itself only, not behind history."""
         self.costs.add(name, cost)
         self.arbiter.add(name)
-        self.acceptance[name] = AcceptanceTracker(self.longest)
+        self.acceptance[name], self.leads[name] = AcceptanceTracker(self.longest), Leads()
         self._rest = 0
 
     def observe_shadow(self, drafter: str, slots: np.ndarray, accepted: np.ndarray) -> None:

@@ -60,6 +60,7 @@ class StepState:
         drafters: Names of the drafters with weights that are usable now, in order of preference.
         matches: What history proposes, or None if there is no history.
         waiting: Sequences that wait for a slot or for memory.
+        stoppable: Whether drafters with weights say how sure they are of each token and heed `Plan.stop`.
     """
 
     slots: np.ndarray
@@ -69,6 +70,7 @@ class StepState:
     drafters: tuple[str, ...] = ()
     matches: Matches | None = None
     waiting: int = 0
+    stoppable: bool = False
 
     def take(self, index: np.ndarray) -> StepState:
         """The same for some of the sequences, in the order of `index`."""
@@ -76,7 +78,28 @@ class StepState:
         if matches is not None:
             matches = Matches(matches.lengths[index], matches.confidence[index])
         arrays = (self.slots[index], self.lengths[index], self.outputs[index], self.allowed[index])
-        return StepState(*arrays, self.drafters, matches, self.waiting)
+        return StepState(*arrays, self.drafters, matches, self.waiting, self.stoppable)
+
+
+class Stop(Protocol):
+    """Ends the drafting of a pass early, or takes back some of it.
+
+    Attributes:
+        lengths: Tokens drafted so far that are to be verified, those of history left out, int64 [B].
+    """
+
+    lengths: np.ndarray
+
+    def more(self, leads: np.ndarray) -> bool:
+        """Whether another step is drafted.
+
+        Args:
+            leads: How sure the drafter was of what it drafted last for each of the first A sequences, float [A], at
+                least 0 (larger is surer; NaN if it broke).
+        """
+
+    def take(self, index: np.ndarray, limits: np.ndarray) -> Stop:
+        """The same for some of the sequences, in the order of `index`, which draft at most `limits` tokens."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +117,7 @@ class Plan:
         reason: Why.
         gain: Predicted speed over plain decoding (1.0 for plain; NaN where nothing was predicted).
         seconds: Predicted time of the pass (NaN where nothing was predicted).
+        stop: Ends the drafter's drafting before `draft_lengths`, where the state says `stoppable`; None: it goes on.
     """
 
     draft_lengths: np.ndarray
@@ -102,6 +126,7 @@ class Plan:
     reason: Reason
     gain: float = float("nan")
     seconds: float = float("nan")
+    stop: Stop | None = None
 
     @classmethod
     def plain(cls, batch: int, reason: Reason, seconds: float = float("nan")) -> Plan:
@@ -126,6 +151,9 @@ class StepOutcome:
         draft_seconds: Time spent drafting, 0 in a plain pass.
         target_seconds: The rest of the pass: the target, sampling, bookkeeping.
         decision_seconds: Time spent before it on the plan: what history matches, and the policy's own time.
+        drafted: Tokens drafted behind history, those that `Plan.stop` took back included, int64 [B]; None: all that
+            the plan has and no others.
+        leads: How sure the drafter was of those, float32 [B, >= drafted.max()]; None where it does not say.
     """
 
     accepted: np.ndarray
@@ -134,6 +162,8 @@ class StepOutcome:
     draft_seconds: float
     target_seconds: float
     decision_seconds: float = 0.0
+    drafted: np.ndarray | None = None
+    leads: np.ndarray | None = None
 
     @property
     def seconds(self) -> float:

@@ -13,7 +13,7 @@ drafter returns (NaN, infinities, token ids out of range), it cannot change what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -94,6 +94,26 @@ def draft_coupled(q_logits: Tensor, keys: Tensor | None) -> Tensor:
     return _choose(q_logits, keys)
 
 
+def lead_coupled(q_logits: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`draft_coupled`, and how narrowly the drafter chose.
+
+    Returns:
+        Drafts int64 [B, S], and by how much each led in the score that decides (`coupled_scores`), float32 [B, S], nats.
+    """
+    if keys is None:
+        best, order = q_logits.topk(2, -1)
+        return order[..., 0], best[..., 0] - best[..., 1]
+    drafts, leads = zip(*(_led_race(*block) for block in _blocks(q_logits, keys)))
+    return torch.cat(drafts).view(keys.shape), torch.cat(leads).view(keys.shape)
+
+
+def lead_rejection(q_logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """`draft_rejection`, and how sure the drafter was: the log odds of what it drew, at least 0, float32 [B, S]."""
+    drafts = draft_rejection(q_logits, keys)
+    log_q = q_logits.gather(-1, drafts[..., None]).squeeze(-1) - q_logits.logsumexp(-1)
+    return drafts, (log_q - (-log_q.expm1()).log()).clamp_min(0)
+
+
 def _choose(logits: Tensor, keys: Tensor | None) -> Tensor:
     return logits.argmax(-1) if keys is None else _by_rows(_race, logits, keys)
 
@@ -103,11 +123,23 @@ def _race(logits: Tensor, keys: Tensor) -> Tensor:
 
     argmax p / E with E ~ Exp(1) is argmax(log p + gumbel) without rounding at the logits' scale.
     """
+    return _race_winner(*_race_terms(logits, keys))[0]
+
+
+def _led_race(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, and the lead of its winner [R]: over the next group, or over the next member of its own."""
     p, groups, members = _race_terms(logits, keys)
+    chosen, inside = _race_winner(p, groups, members)
+    best, own = groups.topk(2, -1).values, inside.topk(2, -1).values
+    return chosen, torch.minimum(best[:, 0] / best[:, 1], own[:, 0] / own[:, 1]).log()
+
+
+def _race_winner(p: Tensor, groups: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+    """The winner int64 [R], and the scores [R, 16] in the race inside its group."""
     group = groups.argmax(-1, keepdim=True)
     inside = p.gather(2, group[:, None].expand(-1, _MEMBERS, 1)).squeeze(2)
     member = inside.div_(members).argmax(-1, keepdim=True)
-    return (member * groups.shape[1] + group).squeeze(-1)
+    return (member * groups.shape[1] + group).squeeze(-1), inside
 
 
 def _race_terms(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,11 +179,13 @@ def _by_rows(draw: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor)
 
     Scratch memory then stays in cache on CPU and bounded on CUDA.
     """
+    return torch.cat([draw(*block) for block in _blocks(x, noise)]).view(noise.shape)
+
+
+def _blocks(x: Tensor, noise: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     rows = x.reshape(-1, x.shape[-1])
     step = max(1, _BLOCK_ELEMENTS[x.device.type] // x.shape[-1])
-    return torch.cat([draw(*block) for block in zip(rows.split(step), noise.reshape(-1).split(step))]).view(
-        noise.shape
-    )
+    return zip(rows.split(step), noise.reshape(-1).split(step))
 
 
 def verify_rejection(

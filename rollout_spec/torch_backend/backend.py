@@ -413,6 +413,13 @@ class TorchBackend:
                 drafts = self._drafts(plan, state, block, batch, keys)
             else:
                 drafts.add(proposal)
+                if plan.stop is not None:
+                    if not proposal.healthy:  # what it wrote is not all overwritten below
+                        self.cache.wipe_rows(block.kv_rows.flatten())
+                    plan = replace(plan, draft_lengths=plan.from_history + plan.stop.lengths)
+                    block = self.runner.block(self.slots, rows, plan.draft_lengths)
+                    drafts.shorten(plan.draft_lengths, block)
+                    keys = drafts.keys
         clock.stop_drafting()
 
         tokens = torch.cat((block.last_tokens[:, None], drafts.tokens), dim=1)
@@ -453,6 +460,8 @@ class TorchBackend:
             drafters,
             matches,
             len(self.scheduler.waiting),
+            # Elsewhere asking would synchronize the device in every step, and a captured loop cannot end early.
+            stoppable=self.graphs is None and self.device.type == "cpu",
         )
 
     def _reserve(self, state: StepState, plan: Plan) -> tuple[StepState, Plan]:
@@ -465,7 +474,8 @@ class TorchBackend:
             lengths = np.where(before > 0, before, lengths)  # it cannot draft behind history
         order = np.argsort(before - lengths, kind="stable")
         kept = order[self.scheduler.reserve(state.slots[order], lengths[order])]
-        done = Plan(lengths[kept], before[kept], plan.drafter, plan.reason, plan.gain, plan.seconds)
+        stop = None if plan.stop is None else plan.stop.take(kept, (lengths - before)[kept])
+        done = replace(plan, draft_lengths=lengths[kept], from_history=before[kept], stop=stop)
         return state.take(kept), done
 
     def _drafts(
@@ -476,7 +486,15 @@ class TorchBackend:
             assert self.history is not None
             history = self.history.propose(state.slots, plan.from_history)
         return Drafts(
-            plan.draft_lengths, plan.from_history, history, block, batch, keys, self.runner, self.coupled
+            plan.draft_lengths,
+            plan.from_history,
+            history,
+            block,
+            batch,
+            keys,
+            self.runner,
+            self.coupled,
+            plan.stop,
         )
 
     def _propose(self, plan: Plan, state: StepState, drafts: Drafts) -> Proposal | None:
@@ -552,7 +570,9 @@ class TorchBackend:
         self.times.draft += draft_seconds
         self.times.target += seconds - draft_seconds
         rest = seconds - draft_seconds - clock.decided
-        outcome = StepOutcome(accepted, appended, done, draft_seconds, rest, clock.decided)
+        outcome = StepOutcome(
+            accepted, appended, done, draft_seconds, rest, clock.decided, drafts.drafted, drafts.leads
+        )
         self.policy.observe(state, plan, outcome)
         if self.recorder is not None:
             self.recorder.step(state, plan, outcome)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rollout_spec.drafters.base import DraftRound, Proposal
 from rollout_spec.models.decoder import Decoder
+from rollout_spec.policy.records import Stop
 from rollout_spec.sampling import verify
 from rollout_spec.sampling.pipeline import SamplingBatch
 from rollout_spec.torch_backend.runner import Block, Runner
@@ -29,6 +30,7 @@ class Drafts:
         keys: Noise keys of its rows, int64 `[B, S]`.
         runner: Runs forwards.
         coupled: Which verifier is in force.
+        stop: Ends the drafting of a drafter with weights; None: it drafts all.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class Drafts:
         keys: Tensor,
         runner: Runner,
         coupled: bool,
+        stop: Stop | None = None,
     ) -> None:
         self.block, self.batch, self.keys, self._runner, self._coupled = block, batch, keys, runner, coupled
+        self._stop, self._leads = stop, list[np.ndarray]()
         self._before, self._own = from_history, lengths - from_history
         self._tokens = keys.new_zeros(keys.shape[0], keys.shape[1] - 1)
         self._history: Tensor | None = None
@@ -63,7 +67,8 @@ class Drafts:
     def round(self) -> DraftRound:
         """What a drafter with weights is asked for, behind history's tokens."""
         active = tuple(int((self._own > step).sum()) for step in range(int(self._own.max())))
-        return DraftRound(active, self._coupled, self._forward, self._process, self._round_keys)
+        more = None if self._stop is None else self._more
+        return DraftRound(active, self._coupled, self._forward, self._process, self._round_keys, more=more)
 
     def add(self, proposal: Proposal) -> None:
         """Put a drafter's tokens behind history's."""
@@ -75,10 +80,30 @@ class Drafts:
             else:
                 self._tokens[:count].scatter_(1, self._history[:count, None] + step, tokens)
 
+    def shorten(self, lengths: np.ndarray, block: Block) -> None:
+        """Verify only the first `lengths [B]` drafts of each sequence, history's among them, in a `block` for so many."""
+        self.block, self.keys = block, self.keys[:, : block.shape[1]]
+        self.ragged = _ragged(lengths, self.keys.device)
+
     @property
     def tokens(self) -> Tensor:
         """int64 `[B, K]`, K the longest; what lies behind a sequence's own length is meaningless but in range."""
-        return self._tokens
+        return self._tokens[:, : self.keys.shape[1] - 1]
+
+    @property
+    def drafted(self) -> np.ndarray | None:
+        """Tokens of each sequence that the drafter drew, int64 `[B]`; None if all that were asked for."""
+        return np.minimum(self._own, len(self._leads)) if self._leads else None
+
+    @property
+    def leads(self) -> np.ndarray | None:
+        """How sure the drafter was of its tokens, float32 `[B, steps]`, NaN where it drafted none; None if nobody asked."""
+        if not self._leads:
+            return None
+        leads = np.full((len(self._own), len(self._leads)), np.nan, np.float32)
+        for step, found in enumerate(self._leads):
+            leads[: len(found), step] = found
+        return leads
 
     @property
     def healthy(self) -> Tensor | None:
@@ -88,7 +113,7 @@ class Drafts:
     def verify(self, processed: Tensor) -> verify.Verdict:
         """The verdict on these drafts, given the processed logits of its rows (the computed ones, if ragged)."""
         lengths, greedy = self.block.draft_lengths, not self.batch.stages.sampled
-        drafts = self._tokens if self._tokens.shape[1] else None
+        drafts = self.tokens if self.tokens.shape[1] else None
         if self._coupled:
             keys = None if greedy else self.keys
             return verify.verify_coupled(processed, drafts, lengths, keys, self.ragged)
@@ -105,9 +130,15 @@ class Drafts:
             )
             q_place[:count].scatter_(1, column, rows)
             start += count
+        q_place = q_place[:, : self.tokens.shape[1]]
         return verify.verify_rejection(processed, drafts, lengths, q_logits, self.keys, self.ragged, q_place)
 
     # --- what a round calls ----------------------------------------------------------------------------
+
+    def _more(self, leads: Tensor) -> bool:
+        assert self._stop is not None
+        self._leads.append(leads[:, 0].numpy())
+        return self._stop.more(self._leads[-1])
 
     def _forward(self, model: Decoder, tokens: Tensor | None, step: int) -> Tensor:
         count = int((self._own > step).sum())

@@ -1,0 +1,115 @@
+"""Rollouts that take turns: several engines work at what is to be compared, one at a time, a fraction of a second each.
+
+Machines drift within seconds, and whole rollouts take longer than that. Cut into slices that alternate, they all meet
+the same drift.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from rollout_spec.engine import RolloutEngine
+from rollout_spec.policy.records import Plan, SpeculationPolicy, StepOutcome, StepState
+
+SLICE = 0.25  # seconds until the next one's turn
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Work(Generic[T]):
+    """What one engine has to do under a policy; `run` decodes by that engine alone."""
+
+    engine: RolloutEngine
+    policy: SpeculationPolicy
+    run: Callable[[], T]
+
+
+def in_turns(works: Sequence[Work[T]], slice_seconds: float = SLICE) -> list[tuple[float, T]]:
+    """Do all of `works`; whoever has been at it for `slice_seconds` ends its pass and waits.
+
+    Returns:
+        Of each, the seconds of its turns and what `run` gave.
+    """
+    if len({id(work.engine) for work in works}) < len(works):
+        raise ValueError("works share an engine: give each its own")
+    turns, threads = _Turns(len(works), slice_seconds), torch.get_num_threads()
+
+    def do(place: int, work: Work[T]) -> T:
+        torch.set_num_threads(threads)  # the number is each thread's own
+        work.engine.backend.policy = _InTurns(work.policy, turns, place)
+        turns.take(place)
+        try:
+            return work.run()
+        finally:
+            turns.leave(place)
+            work.engine.backend.policy = work.policy
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        done = [pool.submit(do, place, work) for place, work in enumerate(works)]
+        results = [future.result() for future in done]
+    return list(zip(turns.seconds, results, strict=True))
+
+
+class _Turns:
+    """Who may work now: the first in the queue.
+
+    Attributes:
+        seconds: That each has worked.
+    """
+
+    def __init__(self, count: int, slice_seconds: float) -> None:
+        self._queue, self._slice = deque(range(count)), slice_seconds
+        self._changed = threading.Condition()
+        self._since = 0.0
+        self.seconds = [0.0] * count
+
+    def take(self, place: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue[0] == place)
+            self._since = time.perf_counter()
+
+    def pass_over(self, place: int) -> None:
+        """Between two passes: let the others work if the time is up."""
+        if time.perf_counter() - self._since >= self._slice and len(self._queue) > 1:
+            self.leave(place, back=True)
+            self.take(place)
+
+    def leave(self, place: int, back: bool = False) -> None:
+        with self._changed:
+            self.seconds[place] += time.perf_counter() - self._since
+            self._queue.popleft()
+            if back:
+                self._queue.append(place)
+            self._changed.notify_all()
+
+
+class _InTurns(SpeculationPolicy):
+    """A policy whose engine waits for its turn where a pass ends, outside of what is timed of a pass."""
+
+    def __init__(self, policy: SpeculationPolicy, turns: _Turns, place: int) -> None:
+        self._policy, self._turns, self._place = policy, turns, place
+
+    def looks(self, batch: int) -> bool:
+        return self._policy.looks(batch)
+
+    def plan(self, state: StepState) -> Plan:
+        return self._policy.plan(state)
+
+    def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
+        self._policy.observe(state, plan, outcome)
+        self._turns.pass_over(self._place)
+
+    def after_update(self) -> None:
+        self._policy.after_update()
+
+    def forget(self, slots: np.ndarray) -> None:
+        self._policy.forget(slots)
