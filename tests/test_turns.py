@@ -21,7 +21,11 @@ def engines():
     options = {"drafter": "int8", "draft_length": 3, "verifier": "coupled", "canary_min_acceptance": 0.0}
     return [
         RolloutEngine.from_pretrained(
-            "examples/arithmetic/policy", dtype="float32", max_model_len=128, max_num_seqs=4, speculation=options
+            "examples/arithmetic/policy",
+            dtype="float32",
+            max_model_len=128,
+            max_num_seqs=4,
+            speculation=options,
         )
         for _ in range(2)
     ]

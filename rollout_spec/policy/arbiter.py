@@ -113,5 +113,12 @@ class Arbiter:
         for record in (*self._pooled.values(), *(r for records in self._bucket.values() for r in records)):
             record.discount(share)
 
+    def fade(self, best: str, share: float) -> None:
+        """Keep `share` of the weight of what was seen of all arms but the one that is played."""
+        for arm in self.arms:
+            if arm != best:
+                for record in (self._pooled[arm], *self._bucket[arm]):
+                    record.discount(share)
+
     def _index(self, batch: int) -> int:
         return min(batch.bit_length() - 1, len(self._bucket[self.arms[0]]) - 1)

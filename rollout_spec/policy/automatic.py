@@ -445,7 +445,9 @@ class AutomaticPolicy(SpeculationPolicy):
         self.arbiter.discount(_KEPT_BY_UPDATE)
 
     def _fade(self) -> None:
-        """A drafter that is not used is known less and less, so that it is tried again: no verdict is for ever."""
+        """What is not used is known less and less, so that it is tried again: no verdict is for ever."""
+        self.costs.fade(_FADE, _FADE_EVERY)
+        self.arbiter.fade(self._mode, _FADE)
         for name, tracker in self.acceptance.items():
             if name not in self._mode.split("+"):
                 tracker.discount(_FADE)

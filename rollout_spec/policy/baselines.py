@@ -94,7 +94,8 @@ class Fixed(Stateless):
 class RandomLengths(Stateless):
     """Off with probability `off`, else a K in 1..`longest` drawn per sequence: for proofs, not for speed.
 
-    Where history matches, every other speculative step takes as much of it as K allows.
+    Where history matches, every other speculative step takes as much of it as K allows. Every other one with a drafter
+    that can be stopped goes on as the digits of its leads have it.
     """
 
     def __init__(self, seed: int, longest: int = 8, off: float = 0.3) -> None:
@@ -113,7 +114,25 @@ class RandomLengths(Stateless):
             lengths = from_history
         if not lengths.any():
             return Plan.plain(batch, Reason.LAST_TOKEN if drafter else Reason.NO_DRAFTER)
-        return Plan(lengths, from_history, drafter, Reason.FIXED)
+        stop = ByTheDigits(lengths - from_history) if state.stoppable and self._rng.random() < 0.5 else None
+        return Plan(lengths, from_history, drafter, Reason.FIXED, stop=stop)
+
+
+class ByTheDigits:
+    """A `Stop` for proofs: a sequence goes on where the digits of its leads say so, three times in four."""
+
+    def __init__(self, limits: np.ndarray) -> None:
+        self._limits, self._going = limits, limits > 0
+        self.lengths = np.zeros_like(limits)
+
+    def more(self, leads: np.ndarray) -> bool:
+        count = len(leads)
+        self.lengths[:count] += self._going[:count]
+        self._going[:count] &= (leads * 1000 % 4 > 1) & (self.lengths < self._limits)[:count]
+        return bool(self._going.any())
+
+    def take(self, index: np.ndarray, limits: np.ndarray) -> ByTheDigits:
+        return type(self)(limits)
 
 
 class EfficientRollout(SpeculationPolicy):

@@ -51,6 +51,13 @@ class _Correction:
         self.mean = sum(known) / len(known)
         self.expect(self.mean)
 
+    def fade(self, mean: float, share: float, before: int) -> None:
+        """Of what was last seen before that pass, keep `share` of the distance to `mean`."""
+        for bucket, last in enumerate(self.last):
+            if last is not None and last < before:
+                self._logs[bucket] = mean + share * (self._logs[bucket] - mean)
+                self.factors[bucket] = math.exp(self._logs[bucket])
+
     def expect(self, mean: float) -> None:
         """Let `mean` stand for what was not seen."""
         logs = [mean if when is None else log for log, when in zip(self._logs, self.last, strict=True)]
@@ -88,6 +95,18 @@ class OnlineCosts:
         self.prices[drafter] = Prices(cost.terms, correction.factors)
         if self._plain.mean is not None:
             correction.expect(self._plain.mean)
+
+    def fade(self, share: float, passes: int) -> None:
+        """Believe less of what drafting and verifying cost when they were last seen, more than `passes` ago.
+
+        The first passes of a kind meet cold caches and new memory. What looked dear then is not run again, so no later
+        pass would correct it.
+        """
+        if self._plain.mean is None:
+            return
+        for kind, correction in self._corrections.items():
+            if kind != _PLAIN:
+                correction.fade(self._plain.mean, share, self._passes - passes)
 
     def target(self, batch: int, rows: int, kv_tokens: int) -> float:
         """Seconds of a target pass with everything around it, see `CostModel.target`."""

@@ -82,7 +82,10 @@ class StepState:
 
 
 class Stop(Protocol):
-    """Ends the drafting of a pass early, or takes back some of it.
+    """Ends the drafting of a pass early, for all sequences or for some.
+
+    Under rejection sampling a draft must count or not whatever it is: whether one is verified may hang on the leads of
+    those before it, never on its own or on later ones. Steps that are run for others may go on past a sequence's end.
 
     Attributes:
         lengths: Tokens drafted so far that are to be verified, those of history left out, int64 [B].

@@ -6,6 +6,8 @@ their makespans differ by what they decided.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from rollout_spec.policy.cost_model import CostModel
@@ -102,7 +104,8 @@ class _Simulation:
             state = self.state()
             plan = policy.plan(state)
             _require_valid(plan, state)
-            outcome = self.outcome(state, plan)
+            plan, drafted, leads = self.drafting(state, plan)
+            outcome = self.outcome(state, plan, drafted, leads)
             steps.append(_row(len(steps), self.clock, state, plan, outcome))
             self.advance(plan, outcome)
             policy.observe(state, plan, outcome)
@@ -136,6 +139,7 @@ class _Simulation:
             drafters=tuple(self.workload.drafters),
             matches=self.matches(outputs),
             waiting=int(np.searchsorted(self.workload.arrivals, self.clock, side="right")) - self.waiting,
+            stoppable=self.workload.stoppable,
         )
 
     def matches(self, outputs: np.ndarray) -> Matches | None:
@@ -146,13 +150,35 @@ class _Simulation:
         chances = history.acceptance.at(self.live, outputs[:, None], self.clock)[:, 0]
         return Matches(lengths, np.clip(chances * history.confidence, 0.0, 1.0))
 
-    def outcome(self, state: StepState, plan: Plan) -> StepOutcome:
+    def drafting(self, state: StepState, plan: Plan) -> tuple[Plan, np.ndarray | None, np.ndarray | None]:
+        """The plan as far as its `stop` lets it come; tokens drafted and leads as in `StepOutcome`."""
+        own = plan.draft_lengths - plan.from_history
+        if plan.stop is None or plan.drafter is None or not own.any():
+            return plan, None, None
+        order = np.argsort(-own, kind="stable")
+        stop = plan.stop.take(order, own[order])
+        positions = (state.outputs + plan.from_history)[:, None] + np.arange(own.max())
+        chances = self.workload.drafters[plan.drafter].at(self.live, positions, self.clock)
+        leads = np.maximum(np.log(chances / np.maximum(1 - chances, 1e-9)), 0.0)
+        steps = 1
+        while stop.more(leads[order, steps - 1][: np.count_nonzero(own >= steps)]) and steps < own.max():
+            steps += 1
+        lengths = plan.from_history.copy()
+        lengths[order] += stop.lengths
+        return replace(plan, draft_lengths=lengths), np.minimum(own, steps), leads
+
+    def outcome(
+        self, state: StepState, plan: Plan, drafted: np.ndarray | None, leads: np.ndarray | None
+    ) -> StepOutcome:
         left = self.workload.outputs[self.live] - state.outputs
         accepted = np.minimum(self.accept(state, plan), left)
         emitted = np.minimum(accepted + 1, left)
         draft, target = pass_seconds(
             self.costs, state.lengths, plan.drafter, plan.draft_lengths, plan.from_history
         )
+        if drafted is not None:
+            tried = plan.from_history + drafted
+            draft, _ = pass_seconds(self.costs, state.lengths, plan.drafter, tried, plan.from_history)
         factor = float(np.exp(self.noise * self.rng.standard_normal())) if self.noise else 1.0
         return StepOutcome(
             accepted,
@@ -160,6 +186,8 @@ class _Simulation:
             emitted == left,
             float(draft) * factor,
             (float(target) + self.host_seconds) * factor,
+            drafted=drafted,
+            leads=leads,
         )
 
     def accept(self, state: StepState, plan: Plan) -> np.ndarray:

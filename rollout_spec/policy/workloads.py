@@ -28,12 +28,14 @@ class Acceptance:
         by_depth: Factor of the first, second, ... draft token; the last one holds for all after it.
         by_output: (output position, factor) from which each factor holds, ascending.
         by_time: (seconds, factor), likewise.
+        doubts: Share of the output positions at which the drafter is in doubt, and its factor there.
     """
 
     rates: np.ndarray
     by_depth: tuple[float, ...] = (1.0,)
     by_output: tuple[tuple[int, float], ...] = ()
     by_time: tuple[tuple[float, float], ...] = ()
+    doubts: tuple[float, float] = (0.0, 1.0)
 
     def at(self, requests: np.ndarray, positions_BK: np.ndarray, time: float) -> np.ndarray:
         """Chances [B, K] of draft tokens at these output positions, drafted at `time`."""
@@ -47,6 +49,11 @@ class Acceptance:
             starts, factors = zip(*self.by_output)
             table = np.array((1.0, *factors))
             chances = chances * table[np.searchsorted(starts, positions_BK, side="right")]
+        share, factor = self.doubts
+        if share:
+            chances = np.where(
+                uniform_noise(0, requests, positions_BK, "doubt") < share, factor * chances, chances
+            )
         return np.clip(chances, 0.0, 1.0)
 
 
@@ -84,6 +91,7 @@ class Workload:
         history: What repeats, or None.
         limit: Output tokens allowed per request; policies see this, not `outputs`.
         slots: Most live sequences (max_num_seqs).
+        stoppable: As in `StepState`; how sure a drafter is of a token is then the log odds of its acceptance.
     """
 
     name: str
@@ -94,6 +102,7 @@ class Workload:
     history: History | None = None
     limit: int = 8192
     slots: int = 256
+    stoppable: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.prompts) == len(self.outputs) == len(self.arrivals) > 0:

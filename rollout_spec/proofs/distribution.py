@@ -25,6 +25,7 @@ from rollout_spec.engine import RolloutEngine
 from rollout_spec.models.decoder import Decoder
 from rollout_spec.models.weights import Piece
 from rollout_spec.policy.baselines import Fixed
+from rollout_spec.policy.records import SpeculationPolicy
 from rollout_spec.proofs.runs import mode
 from rollout_spec.sampling import reference
 from rollout_spec.torch_backend.backend import TorchBackend
@@ -172,10 +173,19 @@ def _disagreement(engine: RolloutEngine, tokens: np.ndarray) -> Tensor:
 
 
 def distribution(
-    engine: RolloutEngine, context: list[int], params: SamplingParams, samples: int, *, coupled: bool
+    engine: RolloutEngine,
+    context: list[int],
+    params: SamplingParams,
+    samples: int,
+    *,
+    coupled: bool,
+    policy: SpeculationPolicy | None = None,
 ) -> Distribution:
-    """Draw `samples` short completions of `context` with speculation, and test every token of them."""
-    with mode(engine, Fixed(DRAFT_LENGTH), coupled=coupled):
+    """Draw `samples` short completions of `context`, drafted for as `policy` says, and test every token of them.
+
+    By default each pass drafts `DRAFT_LENGTH` tokens.
+    """
+    with mode(engine, policy or Fixed(DRAFT_LENGTH), coupled=coupled):
         drawn = engine.generate(context, params, n=samples)
     outputs = np.array([completion.token_ids for completion in drawn])
     pvalues, freedom = [], 0

@@ -14,8 +14,16 @@ from torch import Tensor
 from rollout_spec.contracts import Completion, SamplingParams
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.observe.report import Check, ExactnessLevel
-from rollout_spec.policy.baselines import Fixed
-from rollout_spec.proofs.distribution import TOKENS, Distribution, contexts, distorted, distribution
+from rollout_spec.policy.baselines import Fixed, RandomLengths
+from rollout_spec.policy.records import SpeculationPolicy
+from rollout_spec.proofs.distribution import (
+    DRAFT_LENGTH,
+    TOKENS,
+    Distribution,
+    contexts,
+    distorted,
+    distribution,
+)
 from rollout_spec.proofs.reforward import Parity, parity
 from rollout_spec.proofs.runs import CUTS, OFF, Requests, total, ways_to_speculate
 from rollout_spec.proofs.trajectories import Comparison, compare
@@ -190,22 +198,31 @@ class Proof:
     def _distribution(self, plain: list[Completion]) -> bool:
         best = contexts(self.engine, plain[: len(self.settings.prompts)], 2)
         cuts: dict[str, Any] = CUTS if self.invariant else {"temperature": CUTS["temperature"]}
+        fixed, any_length = Fixed(DRAFT_LENGTH), RandomLengths(0, longest=DRAFT_LENGTH, off=0.0)
         ways: tuple[
-            tuple[list[int], dict[str, Any], Callable[[], AbstractContextManager[None]], str], ...
+            tuple[
+                list[int], dict[str, Any], Callable[[], AbstractContextManager[None]], SpeculationPolicy, str
+            ],
+            ...,
         ] = (
-            (best[0], {}, nullcontext, "own drafter"),
-            (best[0], {}, partial(distorted, self.engine), "distorted drafter"),
-            (best[-1], cuts, partial(distorted, self.engine), "distorted drafter, cuts"),
+            (best[0], {}, nullcontext, fixed, "own drafter"),
+            (best[0], {}, partial(distorted, self.engine), fixed, "distorted drafter"),
+            (best[-1], cuts, partial(distorted, self.engine), any_length, "distorted drafter, cuts"),
         )
         passed = True
         for name in ("coupled", "rejection"):
             found = Distribution()
-            for context, options, drafter, how in ways:
+            for context, options, drafter, policy, how in ways:
                 self._progress(f"distribution: {name}, {how}")
                 params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, **options)
                 with drafter():
                     found += distribution(
-                        self.engine, context, params, self.settings.samples, coupled=name == "coupled"
+                        self.engine,
+                        context,
+                        params,
+                        self.settings.samples,
+                        coupled=name == "coupled",
+                        policy=policy,
                     )
             self.verdict.results[f"chi-square, {name}"] = asdict(found) | {"pvalue": found.pvalue}
             value = f"p = {found.pvalue:.2g}, {found.freedom} degrees"

@@ -374,3 +374,15 @@ def looks_of_400(decision_seconds):
 def test_it_rests_where_nothing_pays_and_longer_if_a_look_is_dear():
     assert looks_of_400(0.0) == 100
     assert 5 <= looks_of_400(1e-2) <= 10
+
+
+def test_a_price_seen_once_is_no_verdict_for_ever():
+    """The first verify passes meet cold caches. What looked too dear then must be tried again, without any update."""
+    made, where = seen(0.95), state(allowed=100_000)
+    for rows in (2, 3, 4, 5, 6, 8, 9, 12, 17):
+        for _ in range(3):
+            made.costs.observe_target(1, rows, 100, 8 * COSTS.target(1, rows, 100))
+    assert not any(plan.speculates for plan in run(made, where, 0.95, 40))
+    plans = run(made, where, 0.95, 3000)
+    drafted = [plan.speculates for plan in plans]
+    assert np.mean(drafted[-200:]) > 0.9

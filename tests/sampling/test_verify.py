@@ -15,6 +15,8 @@ from rollout_spec.sampling.verify import (
     coupled_scores,
     draft_coupled,
     draft_rejection,
+    lead_coupled,
+    lead_rejection,
     verify_coupled,
     verify_rejection,
 )
@@ -111,6 +113,55 @@ def test_coupled_scores_rank_the_emitted_token_first(vocab_size):
     assert (scores.topk(2).values.diff() < 0).all()
     assert not scores.isnan().any()
     assert not scores[:, 5::7].isfinite().any()
+
+
+@pytest.mark.parametrize("vocab_size", [64, 320, 152_064])
+def test_a_lead_is_the_distance_to_the_next_best_choice(vocab_size):
+    torch.manual_seed(1)
+    rows = 8 if vocab_size > 1000 else 500
+    q, keys = torch.randn(rows, 1, vocab_size) * 3, make_keys(rows, 1)
+    q[:, :, 5::7] = -math.inf
+    drafts, leads = lead_coupled(q, keys)
+    assert torch.equal(drafts, draft_coupled(q, keys))
+    best = coupled_scores(q[:, 0], keys[:, 0]).double().topk(2).values
+    assert leads.shape == (rows, 1) and (leads >= 0).all()
+    torch.testing.assert_close(leads[:, 0].double(), best[:, 0] - best[:, 1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_lead_without_noise_is_that_of_the_logits():
+    q = torch.tensor([[[0.5, 3.0, 1.0, -math.inf]], [[2.0, -1.0, -math.inf, -math.inf]]])
+    drafts, leads = lead_coupled(q, None)
+    assert drafts.tolist() == [[1], [0]] and leads.tolist() == [[2.0], [3.0]]
+
+
+def test_a_lead_under_rejection_is_the_log_odds_of_the_draft():
+    q, keys = make_logits(400, 1, 2), make_keys(400, 1)
+    q[:100, :, :3] = q[:100, :, 4:] = -math.inf  # a single choice is certain
+    drafts, leads = lead_rejection(q, keys)
+    assert torch.equal(drafts, draft_rejection(q, keys))
+    p = q.double().softmax(-1).gather(-1, drafts[..., None])[..., 0]
+    assert (leads[:100] > 10).all()
+    torch.testing.assert_close(
+        leads[100:].double(), (p / (1 - p)).log().clamp_min(0)[100:], atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("lead", [lead_coupled, lead_rejection])
+def test_a_broken_drafter_leads_by_nothing_that_counts(lead):
+    q = make_logits(3, 1, 0)
+    q[1] = math.nan
+    drafts, leads = lead(q, make_keys(3, 1))
+    assert ((drafts >= 0) & (drafts < V)).all()
+    assert not leads[1] > 0 and leads[[0, 2]].isfinite().all()
+
+
+def test_narrow_choices_are_the_ones_rejected():
+    target, keys = make_logits(4000, 2, 0), make_keys(4000, 2)
+    q = drafter_near(target, 1, noise=0.2)
+    drafts, leads = lead_coupled(q, keys[:, :1])
+    accepted = verify_coupled(target, drafts, None, keys).accepted == 1
+    narrow = leads[:, 0] < leads.median()
+    assert accepted[~narrow].double().mean() > accepted[narrow].double().mean() + 0.1
 
 
 def test_a_perfect_drafter_is_always_accepted():
