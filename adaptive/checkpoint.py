@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rollout_spec.drafters.eagle_spec import EagleSpec
 
 WEIGHTS, OPTIMIZER, RECORD = "drafter.safetensors", "optimizer.safetensors", "drafter.json"
 _FORMAT = 1
+_AVERAGE = "average"  # in names of the optimizer's file, where an index stands otherwise
 
 
 class CheckpointError(RolloutSpecError, ValueError):
@@ -45,6 +46,7 @@ class Checkpoint:
         steps_done: Micro-batches trained.
         version: The drafter's, as published.
         extra: What else was saved with it, JSON values (the state of the batches).
+        average: Running average of the trained weights, by checkpoint name; empty if none was kept.
     """
 
     spec: EagleSpec
@@ -54,6 +56,7 @@ class Checkpoint:
     steps_done: int
     version: int
     extra: dict[str, Any]
+    average: dict[str, Tensor] = field(default_factory=dict)
 
     def module(self) -> EagleModule:
         """The drafter, on the CPU."""
@@ -71,6 +74,7 @@ class Checkpoint:
                 "steps_done": self.steps_done,
                 "config": asdict(self.config),
                 "module": self.weights,
+                "average": self.average,
                 "optimizer": self.optimizer,
             }
         )
@@ -94,7 +98,7 @@ class Checkpointer:
             f"{index}.{name}": _copy(tensor)
             for index, tensors in state["optimizer"].items()
             for name, tensor in tensors.items()
-        }
+        } | {f"{_AVERAGE}.{name}": _copy(tensor) for name, tensor in state["average"].items()}
         record = {
             "format": _FORMAT,
             "spec": trainer.module.spec.to_dict(),
@@ -180,11 +184,12 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
                 f"{folder / name}: truncated or altered since it was written; use another checkpoint"
             )
         tensors[name] = load(data)
+    average: dict[str, Tensor] = {}
     optimizer: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors[OPTIMIZER].items():
         index, _, key = name.partition(".")
-        optimizer.setdefault(int(index), {})[key] = tensor
-    return Checkpoint(spec, config, tensors[WEIGHTS], optimizer, steps, version, extra)
+        (average if index == _AVERAGE else optimizer.setdefault(int(index), {}))[key] = tensor
+    return Checkpoint(spec, config, tensors[WEIGHTS], optimizer, steps, version, extra, average)
 
 
 def _config(values: dict[str, Any]) -> TrainConfig:

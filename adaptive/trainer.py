@@ -33,6 +33,8 @@ class TrainConfig:
         total_steps: Micro-batches over which it then falls to `final_rate` of itself, along a half cosine; None:
             it stays, as for training that has no end.
         final_rate: See there.
+        average: Share that a running average of the weights keeps in a micro-batch, such as 0.99; 0: none is kept. It
+            does for training without end what the falling rate does for one with an end.
         weight_decay, betas: Of AdamW.
         gradient_clip: Largest norm of the gradient.
         unroll: Steps on the drafter's own states, as many as it is to draft (see `module`).
@@ -54,6 +56,7 @@ class TrainConfig:
     warmup_steps: int = 30
     total_steps: int | None = None
     final_rate: float = 0.1
+    average: float = 0.0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
@@ -78,6 +81,8 @@ class TrainConfig:
         for name in ("warmup_steps", "replay", "weight_decay", "final_rate"):
             if not getattr(self, name) >= 0:
                 raise invalid(name, getattr(self, name), "use a number >= 0")
+        if not 0 <= self.average < 1:
+            raise invalid("average", self.average, "use a share within [0, 1)")
         if not 0 < self.begin_share <= 1:
             raise invalid("begin_share", self.begin_share, "use a share within (0, 1]")
         if self.first_unroll is not None and not 1 <= self.first_unroll <= self.unroll:
@@ -161,6 +166,10 @@ class DrafterTrainer:
         self._optimizer = torch.optim.AdamW(
             self._parameters, betas=self.config.betas, weight_decay=self.config.weight_decay
         )
+        self._average: dict[str, Tensor] = {}
+        if self.config.average:
+            trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+            self._average = {name: p.detach().clone() for name, p in trained}
 
     @property
     def device(self) -> torch.device:
@@ -199,6 +208,9 @@ class DrafterTrainer:
                 f"step {self.steps_done}: the gradient is {norm.item()}; lower learning_rate={config.learning_rate}"
             )
         self._optimizer.step()
+        if self._average:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self._average.values()), self._parameters, 1 - config.average)
         step, self.steps_done = self.steps_done, self.steps_done + 1
         shares = tuple(torch.stack(alpha).tolist())
         return StepMetrics(step, loss.item(), shares, int((batch.weights > 0).sum()), norm.item(), rate)
@@ -220,8 +232,12 @@ class DrafterTrainer:
             draft_length or self.config.unroll,
         )
 
+    def averaged(self) -> dict[str, Tensor]:
+        """The drafter by its checkpoint names, referenced, with the running average of its weights where one is kept."""
+        return self.module.state_dict() | self._average
+
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and moments by name, referenced: all that is averaged between trainings of one drafter."""
+        """Weights, averages and moments by name, referenced: all that is averaged between trainings of one drafter."""
         found = {f"weights/{name}": tensor for name, tensor in self.module.state_dict().items()}
         for index, parameter in enumerate(self._parameters):
             state = self._optimizer.state[parameter]
@@ -229,7 +245,7 @@ class DrafterTrainer:
                 zero = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state |= {"step": torch.zeros(()), "exp_avg": zero, "exp_avg_sq": zero.clone()}
             found |= {f"moments/{index}/{name}": tensor for name, tensor in state.items()}
-        return found
+        return found | {f"average/{name}": tensor for name, tensor in self._average.items()}
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
@@ -244,6 +260,7 @@ class DrafterTrainer:
             "steps_done": self.steps_done,
             "config": asdict(self.config),
             "module": self.module.state_dict(),
+            "average": self._average,
             "optimizer": self._optimizer.state_dict()["state"],
         }
 
@@ -259,6 +276,8 @@ class DrafterTrainer:
                 "config", sorted(differing), "resume with the configuration that training began with"
             )
         self.module.load_state_dict(state["module"])
+        for name, tensor in self._average.items():
+            tensor.copy_(state["average"][name])
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         self.steps_done = state["steps_done"]

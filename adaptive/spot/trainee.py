@@ -114,8 +114,8 @@ class DrafterTrainee:
         self.trainer.take(state)
 
     def candidate(self) -> dict[str, Tensor]:
-        """The drafter by its checkpoint names."""
-        return {name: tensor.detach().clone() for name, tensor in self.trainer.module.state_dict().items()}
+        """The drafter by its checkpoint names, with averaged weights if the training keeps them."""
+        return {name: tensor.detach().clone() for name, tensor in self.trainer.averaged().items()}
 
     def evaluate(self, tensors: Tensors, needed: Callable[[], bool] = lambda: False) -> tuple[float, int]:
         """Share of drafts accepted, at the length trained for, on the newest held-out episodes."""

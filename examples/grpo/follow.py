@@ -54,13 +54,14 @@ def prompts(count: int, seed: int, split: str) -> list[str]:
 class FollowedGrpo(Grpo):
     """GRPO, and a spot trainer that has `micro_batches` between each rollout and its update."""
 
-    def follow(self, drafter: Path, micro_batches: int, learning_rate: float) -> None:
+    def follow(self, drafter: Path, micro_batches: int, learning_rate: float, average: float) -> None:
         """Begin with the drafter of a checkpoint."""
         saved = read_checkpoint(drafter)
         served: ServedEngine = NotedEngine(self.engine, saved.spec)
         config = TrainConfig(
-            learning_rate=learning_rate, warmup_steps=micro_batches, unroll=DRAFT_LENGTH, row_tokens=192
-        )
+            learning_rate=learning_rate, average=average, warmup_steps=micro_batches, unroll=DRAFT_LENGTH,
+            row_tokens=192,
+        )  # fmt: skip
         trainee = DrafterTrainee.begin(served, config, str(drafter), judged_tokens=2048)
         folder = Path(tempfile.mkdtemp())
         begin_from(folder, saved.module().state_dict())
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of the policy, relative to a tensor's size")
     parser.add_argument("--micro-batches", type=int, default=16, help="of the drafter per step")
     parser.add_argument("--drafter-lr", type=float, default=5e-4)
+    parser.add_argument("--average", type=float, default=0.99, help="share its averaged weights keep in one")
     parser.add_argument("--judged", type=int, default=96, help="held-out prompts")
     parser.add_argument("--every", type=int, default=4, help="steps between judgements")
     parser.add_argument("--retrain-prompts", type=int, default=1500)
@@ -194,7 +196,7 @@ def main() -> None:
         POLICY, speculation=False, steps=args.steps, prompts=args.prompts, group=args.group, lr=args.lr,
         longest_chain=LONGEST_CHAIN, max_tokens=MAX_TOKENS, seed=args.seed,
     )  # fmt: skip
-    run.follow(args.drafter, args.micro_batches, args.drafter_lr)
+    run.follow(args.drafter, args.micro_batches, args.drafter_lr, args.average)
     judge = Judge(args.judged)
     drafters = {"frozen": read_checkpoint(args.drafter).module()}
     if args.kl is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,7 @@ class Only(SpeculationPolicy):
 
     def _seen(self, state: StepState) -> StepState:
         drafters = tuple(name for name in state.drafters if name == self.drafter)
-        return StepState(
-            state.slots, state.lengths, state.outputs, state.allowed, drafters, state.matches, state.waiting
-        )
+        return replace(state, drafters=drafters)
 
 
 class AdaptiveBenchmark:

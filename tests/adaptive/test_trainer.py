@@ -73,8 +73,10 @@ def test_rejected_positions_count_for_more():
     assert a == b
 
 
-def test_training_is_deterministic_and_resumes_bitwise(tmp_path):
-    straight, resumed = make_trainer("reduced"), make_trainer("reduced")
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_training_is_deterministic_and_resumes_bitwise(tmp_path, average):
+    config = replace(CONFIG, average=average)
+    straight, resumed = make_trainer("reduced", config), make_trainer("reduced", config)
     episodes = make_episodes(straight.module.spec)
     order, again = EpisodeBatches(episodes, 16, seed=1), EpisodeBatches(episodes, 16, seed=1)
     for _ in range(8):
@@ -93,10 +95,42 @@ def test_training_is_deterministic_and_resumes_bitwise(tmp_path):
         resumed.step(next(batches))
     assert resumed.steps_done == straight.steps_done == 8
     ours, theirs = straight.state_dict(), resumed.state_dict()
-    for name, tensor in ours["module"].items():
-        assert torch.equal(tensor, theirs["module"][name]), name
+    assert bool(ours["average"]) == bool(average)
+    for part in ("module", "average"):
+        assert ours[part].keys() == theirs[part].keys()
+        for name, tensor in ours[part].items():
+            assert torch.equal(tensor, theirs[part][name]), name
     for index, tensors in ours["optimizer"].items():
         assert all(torch.equal(tensor, theirs["optimizer"][index][name]) for name, tensor in tensors.items())
+
+
+def test_the_average_lags_behind_the_weights():
+    trainer = make_trainer(config=replace(CONFIG, average=0.75))
+    episodes = make_episodes(trainer.module.spec)
+    expected = {name: p.detach().clone() for name, p in trainer.module.named_parameters()}
+    for _ in range(3):
+        trainer.step(episodes)
+        for name, p in trainer.module.named_parameters():
+            expected[name] = 0.75 * expected[name] + 0.25 * p.detach()
+    found = trainer.averaged()
+    assert found.keys() == trainer.module.state_dict().keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+    assert not torch.equal(found["fc.weight"], trainer.module.fc.weight)
+
+
+def test_without_an_average_the_weights_stand_for_it():
+    trainer = make_trainer()
+    trainer.step(make_episodes(trainer.module.spec))
+    assert torch.equal(trainer.averaged()["fc.weight"], trainer.module.fc.weight)
+
+
+def test_another_training_takes_the_average_over():
+    ours, theirs = (make_trainer(config=replace(CONFIG, average=0.9)) for _ in range(2))
+    for _ in range(3):
+        ours.step(make_episodes(ours.module.spec))
+    theirs.take(ours.tensors())
+    assert all(torch.equal(tensor, theirs.averaged()[name]) for name, tensor in ours.averaged().items())
 
 
 def test_resuming_with_another_configuration_is_refused():
@@ -135,7 +169,14 @@ def test_the_rate_warms_up_and_falls():
 
 @pytest.mark.parametrize(
     "options",
-    [{"learning_rate": 0}, {"unroll": 0}, {"warmup_steps": -1}, {"total_steps": 30}, {"replay": -1}],
+    [
+        {"learning_rate": 0},
+        {"unroll": 0},
+        {"warmup_steps": -1},
+        {"total_steps": 30},
+        {"replay": -1},
+        {"average": 1.0},
+    ],
 )
 def test_options_without_sense_are_refused(options):
     with pytest.raises(InvalidRequest, match=next(iter(options))):

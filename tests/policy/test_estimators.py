@@ -181,6 +181,20 @@ def test_a_kind_never_seen_is_as_wrong_as_plain_passes_are():
     assert costs.draft("nf4", 1, 0) == pytest.approx(1.5 * costs.model.draft("nf4", 1, 0))
 
 
+def test_what_was_not_seen_for_long_tends_to_what_plain_passes_say():
+    model = CostModel({"target": PassCost(1e-3, 0, 1e-2, 1e-4, 0)})
+    costs = OnlineCosts(model)
+    for _ in range(3):
+        costs.observe_target(1, 5, 100, 3 * model.target(1, 5, 100))
+    for _ in range(100):
+        costs.observe_target(1, 1, 100, 1.2 * model.target(1, 1, 100))
+    costs.fade(0.5, passes=200)  # seen since
+    assert costs.target(1, 5, 100) == pytest.approx(3 * model.target(1, 5, 100))
+    costs.fade(0.5, passes=64)
+    assert costs.target(1, 5, 100) == pytest.approx((3 * 1.2) ** 0.5 * model.target(1, 5, 100))
+    assert costs.target(1, 1, 100) == pytest.approx(1.2 * model.target(1, 1, 100))
+
+
 def test_a_pass_after_a_long_gap_counts_for_more():
     costs = OnlineCosts(CostModel({"target": PassCost(1e-3, 0, 1e-2, 1e-4, 0)}))
     usual = costs.model.target(1, 1, 0)
@@ -238,6 +252,18 @@ def test_exploration_stays_within_its_budget():
     _, arms, regret = play({"nf4": 0.2}, {"nf4": 0.7}, 3000)
     assert arms.count("nf4") > 0
     assert regret < 0.03
+
+
+def test_what_is_not_played_is_forgotten():
+    bandit = Arbiter(["plain", "nf4", "history"])
+    for _ in range(100):
+        bandit.observe("nf4", 4, 1.0, 0.5)
+        bandit.observe("history", 4, 1.0, 0.5)
+    before = bandit.correction("nf4", 4)
+    for _ in range(40):
+        bandit.fade("history", 0.9)
+    assert bandit.correction("history", 4) == before
+    assert before < 0.6 and bandit.correction("nf4", 4) > 0.85
 
 
 def test_a_trial_that_lost_more_than_predicted_is_paid_back_before_the_next():

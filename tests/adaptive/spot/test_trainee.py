@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ def test_idle_time_makes_a_better_drafter_and_changes_no_token(kind: str) -> Non
     alone = make_engine(make_model(), version=2, speculation={"verifier": "coupled", "adaptive": False})
     expected = alone.generate(prompts(8), PARAMS, request_ids=[f"b-{i}" for i in range(8)])
     assert roll_out(served, "b") == [c.token_ids for c in expected]
+
+
+def test_what_is_published_is_the_average_if_one_is_kept() -> None:
+    served, _ = make()
+    trainee = DrafterTrainee.begin(served, replace(CONFIG, average=0.9), batch_tokens=64, held_out=3)
+    roll_out(served)
+    for _ in range(5):
+        trainee.micro_step()
+    candidate, trained = trainee.candidate(), trainee.trainer.module.state_dict()
+    average = trainee.trainer.averaged()
+    assert candidate.keys() == trained.keys()
+    assert all(torch.equal(tensor, average[name]) for name, tensor in candidate.items())
+    assert not torch.equal(candidate["fc.weight"], trained["fc.weight"])
 
 
 def test_a_state_taken_over_goes_on_bitwise() -> None:
