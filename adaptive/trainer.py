@@ -33,8 +33,8 @@ class TrainConfig:
         total_steps: Micro-batches over which it then falls to `final_rate` of itself, along a half cosine; None:
             it stays, as for training that has no end.
         final_rate: See there.
-        average: Share that a running average of the weights keeps in a micro-batch, such as 0.99; 0: none is kept. It
-            does for training without end what the falling rate does for one with an end.
+        average: Share that a running average of the weights keeps in a micro-batch; 0: no average. It does for training
+            without end what the falling rate does for one with an end. None: 0.99 without `total_steps`, else 0.
         weight_decay, betas: Of AdamW.
         gradient_clip: Largest norm of the gradient.
         unroll: Steps on the drafter's own states, as many as it is to draft (see `module`).
@@ -56,7 +56,7 @@ class TrainConfig:
     warmup_steps: int = 30
     total_steps: int | None = None
     final_rate: float = 0.1
-    average: float = 0.0
+    average: float | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
@@ -81,7 +81,7 @@ class TrainConfig:
         for name in ("warmup_steps", "replay", "weight_decay", "final_rate"):
             if not getattr(self, name) >= 0:
                 raise invalid(name, getattr(self, name), "use a number >= 0")
-        if not 0 <= self.average < 1:
+        if self.average is not None and not 0 <= self.average < 1:
             raise invalid("average", self.average, "use a share within [0, 1)")
         if not 0 < self.begin_share <= 1:
             raise invalid("begin_share", self.begin_share, "use a share within (0, 1]")
@@ -94,6 +94,13 @@ class TrainConfig:
                 raise invalid(name, getattr(self, name), "give total_steps, or leave it out")
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
             raise invalid("total_steps", self.total_steps, f"must exceed warmup_steps={self.warmup_steps}")
+
+    @property
+    def kept(self) -> float:
+        """`average`, decided."""
+        if self.average is not None:
+            return self.average
+        return 0.99 if self.total_steps is None else 0.0
 
     def unrolled(self, step: int) -> int:
         """Steps that micro-batch `step`, from 0, is unrolled for."""
@@ -167,7 +174,7 @@ class DrafterTrainer:
             self._parameters, betas=self.config.betas, weight_decay=self.config.weight_decay
         )
         self._average: dict[str, Tensor] = {}
-        if self.config.average:
+        if self.config.kept:
             trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
             self._average = {name: p.detach().clone() for name, p in trained}
 
@@ -210,7 +217,7 @@ class DrafterTrainer:
         self._optimizer.step()
         if self._average:
             with torch.no_grad():
-                torch._foreach_lerp_(list(self._average.values()), self._parameters, 1 - config.average)
+                torch._foreach_lerp_(list(self._average.values()), self._parameters, 1 - config.kept)
         step, self.steps_done = self.steps_done, self.steps_done + 1
         shares = tuple(torch.stack(alpha).tolist())
         return StepMetrics(step, loss.item(), shares, int((batch.weights > 0).sum()), norm.item(), rate)

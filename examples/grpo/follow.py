@@ -54,14 +54,13 @@ def prompts(count: int, seed: int, split: str) -> list[str]:
 class FollowedGrpo(Grpo):
     """GRPO, and a spot trainer that has `micro_batches` between each rollout and its update."""
 
-    def follow(self, drafter: Path, micro_batches: int, learning_rate: float, average: float) -> None:
+    def follow(self, drafter: Path, micro_batches: int, learning_rate: float) -> None:
         """Begin with the drafter of a checkpoint."""
         saved = read_checkpoint(drafter)
         served: ServedEngine = NotedEngine(self.engine, saved.spec)
         config = TrainConfig(
-            learning_rate=learning_rate, average=average, warmup_steps=micro_batches, unroll=DRAFT_LENGTH,
-            row_tokens=192,
-        )  # fmt: skip
+            learning_rate=learning_rate, warmup_steps=micro_batches, unroll=DRAFT_LENGTH, row_tokens=192
+        )
         trainee = DrafterTrainee.begin(served, config, str(drafter), judged_tokens=2048)
         folder = Path(tempfile.mkdtemp())
         begin_from(folder, saved.module().state_dict())
@@ -177,17 +176,16 @@ def main() -> None:
     parser.add_argument("--drafter", type=Path, required=True, help="checkpoint to begin with")
     parser.add_argument("--kl", type=Path, help="one trained with --objective kl, for the ablation")
     parser.add_argument("--out", type=Path, required=True, help="stem of the .json and .png to write")
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=32, help="problems per step")
     parser.add_argument("--group", type=int, default=8, help="answers per problem")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of the policy, relative to a tensor's size")
-    parser.add_argument("--micro-batches", type=int, default=16, help="of the drafter per step")
-    parser.add_argument("--drafter-lr", type=float, default=5e-4)
-    parser.add_argument("--average", type=float, default=0.99, help="share its averaged weights keep in one")
+    parser.add_argument("--micro-batches", type=int, default=32, help="of the drafter per step")
+    parser.add_argument("--drafter-lr", type=float, default=1e-3)
     parser.add_argument("--judged", type=int, default=96, help="held-out prompts")
     parser.add_argument("--every", type=int, default=4, help="steps between judgements")
-    parser.add_argument("--retrain-prompts", type=int, default=1500)
-    parser.add_argument("--retrain-steps", type=int, default=900)
+    parser.add_argument("--retrain-prompts", type=int, default=3000)
+    parser.add_argument("--retrain-steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if find_spec("matplotlib") is None:
@@ -196,7 +194,7 @@ def main() -> None:
         POLICY, speculation=False, steps=args.steps, prompts=args.prompts, group=args.group, lr=args.lr,
         longest_chain=LONGEST_CHAIN, max_tokens=MAX_TOKENS, seed=args.seed,
     )  # fmt: skip
-    run.follow(args.drafter, args.micro_batches, args.drafter_lr, args.average)
+    run.follow(args.drafter, args.micro_batches, args.drafter_lr)
     judge = Judge(args.judged)
     drafters = {"frozen": read_checkpoint(args.drafter).module()}
     if args.kl is not None:

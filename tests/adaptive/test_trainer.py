@@ -119,8 +119,13 @@ def test_the_average_lags_behind_the_weights():
     assert not torch.equal(found["fc.weight"], trainer.module.fc.weight)
 
 
+def test_training_without_end_keeps_an_average():
+    assert TrainConfig().kept == 0.99 and TrainConfig(total_steps=100).kept == 0.0
+    assert TrainConfig(total_steps=100, average=0.9).kept == 0.9 and TrainConfig(average=0.0).kept == 0.0
+
+
 def test_without_an_average_the_weights_stand_for_it():
-    trainer = make_trainer()
+    trainer = make_trainer(config=replace(CONFIG, average=0.0))
     trainer.step(make_episodes(trainer.module.spec))
     assert torch.equal(trainer.averaged()["fc.weight"], trainer.module.fc.weight)
 
