@@ -233,7 +233,9 @@ def decision_microseconds() -> dict[str, float]:
         for step in range(400):
             matches = Matches(rng.integers(0, 12, batch), rng.random(batch))
             outputs = np.arange(batch) + step
-            state = StepState(slots, 50 + outputs, outputs, np.full(batch, 500), ("nf4",), matches)
+            state = StepState(
+                slots, 50 + outputs, outputs, np.full(batch, 500), ("nf4",), matches, stoppable=True
+            )
             start = time.perf_counter()
             plan = policy.plan(state)
             seconds.append(time.perf_counter() - start)
