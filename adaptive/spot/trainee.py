@@ -88,8 +88,10 @@ class DrafterTrainee:
 
     @property
     def bytes(self) -> int:
-        """Parameters, gradients and two moments, and what the forward pass of a micro-batch keeps, roughly as much."""
-        return 8 * sum(p.numel() * p.element_size() for p in self.trainer.module.parameters())
+        """Parameters, gradients, moments and average, and what the forward pass of a micro-batch keeps, as much as the first four."""
+        return (9 if self.trainer.config.kept else 8) * sum(
+            p.numel() * p.element_size() for p in self.trainer.module.parameters()
+        )
 
     def add(self, episode: Episode) -> bool:
         """Take in an episode; called by the capture."""
