@@ -94,12 +94,13 @@ class Fixed(Stateless):
 class RandomLengths(Stateless):
     """Off with probability `off`, else a K in 1..`longest` drawn per sequence: for proofs, not for speed.
 
-    Where history matches, every other speculative step takes as much of it as K allows. Every other one with a drafter
-    that can be stopped goes on as the digits of its leads have it.
+    Where history matches, every other speculative step takes as much of it as K allows. With `stops`, every other one
+    with a drafter that can be stopped goes on as the digits of its leads have it.
     """
 
-    def __init__(self, seed: int, longest: int = 8, off: float = 0.3) -> None:
+    def __init__(self, seed: int, longest: int = 8, off: float = 0.3, stops: bool = True) -> None:
         self._rng, self.longest, self.off = np.random.default_rng(seed), longest, off
+        self.stops = stops
 
     def plan(self, state: StepState) -> Plan:
         batch = len(state.slots)
@@ -114,7 +115,8 @@ class RandomLengths(Stateless):
             lengths = from_history
         if not lengths.any():
             return Plan.plain(batch, Reason.LAST_TOKEN if drafter else Reason.NO_DRAFTER)
-        stop = ByTheDigits(lengths - from_history) if state.stoppable and self._rng.random() < 0.5 else None
+        stops = self.stops and state.stoppable and self._rng.random() < 0.5
+        stop = ByTheDigits(lengths - from_history) if stops else None
         return Plan(lengths, from_history, drafter, Reason.FIXED, stop=stop)
 
 

@@ -25,7 +25,7 @@ AMPLE, TIGHT = (
 POLICIES = {
     "plain": Off,
     "uniform": lambda: Fixed(3),
-    "ragged": lambda: RandomLengths(3, longest=6, off=0.2),
+    "ragged": lambda: RandomLengths(3, longest=6, off=0.2, stops=False),  # captured loops are not stopped
 }
 
 

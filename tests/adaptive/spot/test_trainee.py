@@ -90,7 +90,7 @@ def test_only_the_drafters_own_tensors_are_sent() -> None:
     served, trainee = make("eagle3")
     weights = set(trainee.candidate())
     assert weights == set(served.spec.parameter_shapes())  # type: ignore[union-attr]
-    assert {name.split("/")[0] for name in trainee.state()} == {"weights", "moments"}
+    assert {name.split("/")[0] for name in trainee.state()} == {"weights", "moments", "average"}
 
 
 def test_held_out_requests_are_never_trained_on() -> None:
