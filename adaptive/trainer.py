@@ -96,7 +96,7 @@ class TrainConfig:
             raise invalid("total_steps", self.total_steps, f"must exceed warmup_steps={self.warmup_steps}")
 
     @property
-    def kept(self) -> float:
+    def average_share(self) -> float:
         """`average`, decided."""
         if self.average is not None:
             return self.average
@@ -174,7 +174,7 @@ class DrafterTrainer:
             self._parameters, betas=self.config.betas, weight_decay=self.config.weight_decay
         )
         self._average: dict[str, Tensor] = {}
-        if self.config.kept:
+        if self.config.average_share:
             trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
             self._average = {name: p.detach().clone() for name, p in trained}
 
@@ -217,7 +217,7 @@ class DrafterTrainer:
         self._optimizer.step()
         if self._average:
             with torch.no_grad():
-                torch._foreach_lerp_(list(self._average.values()), self._parameters, 1 - config.kept)
+                torch._foreach_lerp_(list(self._average.values()), self._parameters, 1 - config.average_share)
         step, self.steps_done = self.steps_done, self.steps_done + 1
         shares = tuple(torch.stack(alpha).tolist())
         return StepMetrics(step, loss.item(), shares, int((batch.weights > 0).sum()), norm.item(), rate)

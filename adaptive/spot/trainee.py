@@ -89,7 +89,7 @@ class DrafterTrainee:
     @property
     def bytes(self) -> int:
         """Parameters, gradients, moments and average, and what the forward pass of a micro-batch keeps, as much as the first four."""
-        return (9 if self.trainer.config.kept else 8) * sum(
+        return (9 if self.trainer.config.average_share else 8) * sum(
             p.numel() * p.element_size() for p in self.trainer.module.parameters()
         )
 

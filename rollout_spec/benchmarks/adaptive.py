@@ -19,33 +19,25 @@ from rollout_spec.contracts import Completion, RolloutSpecError, SamplingParams,
 from rollout_spec.drafters.eagle import NAME
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.policy.automatic import AutomaticPolicy
-from rollout_spec.policy.baselines import Fixed, Off
+from rollout_spec.policy.baselines import Delegate, Fixed, Off
 from rollout_spec.policy.records import Plan, SpeculationPolicy, StepOutcome, StepState
 
 _SINGLE, _LONGEST = 96, 192  # tokens of an answer: alone, and in a rollout
 _GRID, _CHOOSING = (3, 5, 7), 2  # draft lengths, and prompts to choose one by
 
 
-class Only(SpeculationPolicy):
+class Only(Delegate):
     """A policy that is shown no drafter with weights but `drafter`."""
 
     def __init__(self, inner: SpeculationPolicy, drafter: str) -> None:
-        self.inner, self.drafter = inner, drafter
-
-    def looks(self, batch: int) -> bool:
-        return self.inner.looks(batch)
+        super().__init__(inner)
+        self.drafter = drafter
 
     def plan(self, state: StepState) -> Plan:
-        return self.inner.plan(self._seen(state))
+        return super().plan(self._seen(state))
 
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
-        self.inner.observe(self._seen(state), plan, outcome)
-
-    def after_update(self) -> None:
-        self.inner.after_update()
-
-    def forget(self, slots: np.ndarray) -> None:
-        self.inner.forget(slots)
+        super().observe(self._seen(state), plan, outcome)
 
     def _seen(self, state: StepState) -> StepState:
         drafters = tuple(name for name in state.drafters if name == self.drafter)

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 
 from rollout_spec.engine import RolloutEngine
+from rollout_spec.policy.baselines import Delegate
 from rollout_spec.policy.records import Plan, SpeculationPolicy, StepOutcome, StepState
 
 SLICE = 0.25  # seconds until the next one's turn
@@ -92,24 +92,13 @@ class _Turns:
             self._changed.notify_all()
 
 
-class _InTurns(SpeculationPolicy):
+class _InTurns(Delegate):
     """A policy whose engine waits for its turn where a pass ends, outside of what is timed of a pass."""
 
-    def __init__(self, policy: SpeculationPolicy, turns: _Turns, place: int) -> None:
-        self._policy, self._turns, self._place = policy, turns, place
-
-    def looks(self, batch: int) -> bool:
-        return self._policy.looks(batch)
-
-    def plan(self, state: StepState) -> Plan:
-        return self._policy.plan(state)
+    def __init__(self, inner: SpeculationPolicy, turns: _Turns, place: int) -> None:
+        super().__init__(inner)
+        self._turns, self._place = turns, place
 
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
-        self._policy.observe(state, plan, outcome)
+        super().observe(state, plan, outcome)
         self._turns.pass_over(self._place)
-
-    def after_update(self) -> None:
-        self._policy.after_update()
-
-    def forget(self, slots: np.ndarray) -> None:
-        self._policy.forget(slots)

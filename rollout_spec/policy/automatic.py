@@ -25,7 +25,7 @@ import numpy as np
 from rollout_spec.policy.acceptance import AcceptanceTracker
 from rollout_spec.policy.arbiter import Arbiter
 from rollout_spec.policy.candidates import Candidate, Round
-from rollout_spec.policy.compiled import survey
+from rollout_spec.policy.compiled import row_seconds, survey
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 from rollout_spec.policy.doubt import Leads, UntilInDoubt
 from rollout_spec.policy.lengths import RemainingLength
@@ -278,8 +278,7 @@ class AutomaticPolicy(SpeculationPolicy):
         if matches is not None and before.any():
             alive = matches.confidence**before
         rate = max(chosen.gain * self.arbiter.correction(arm, batch), 1.0) / round.plain_seconds
-        rows = self.costs.target(batch, 4 * batch, context) - self.costs.target(batch, 2 * batch, context)
-        row = max(rows / (2 * batch), 0.0) * rate
+        row = max(row_seconds(self.costs.prices[TARGET], batch, context), 0.0) * rate
 
         def step(drafting: int) -> float:
             return rate * self.costs.draft(name, drafting, context * drafting // batch)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rollout_spec.policy.cost_model import CostModel
+from rollout_spec.policy.cost_model import CostModel, PassCost
 from rollout_spec.policy.records import HISTORY, Plan, Reason, SpeculationPolicy, StepOutcome, StepState
 
 
@@ -60,6 +60,34 @@ class Stateless(SpeculationPolicy):
 
     def forget(self, slots: np.ndarray) -> None:
         pass
+
+
+class Delegate(SpeculationPolicy):
+    """Another policy, to be changed in some respect by a subclass."""
+
+    def __init__(self, inner: SpeculationPolicy) -> None:
+        self.inner = inner
+
+    def looks(self, batch: int) -> bool:
+        return self.inner.looks(batch)
+
+    def plan(self, state: StepState) -> Plan:
+        return self.inner.plan(state)
+
+    def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
+        self.inner.observe(state, plan, outcome)
+
+    def after_update(self) -> None:
+        self.inner.after_update()
+
+    def add_drafter(self, name: str, cost: PassCost) -> None:
+        self.inner.add_drafter(name, cost)
+
+    def observe_shadow(self, drafter: str, slots: np.ndarray, accepted: np.ndarray) -> None:
+        self.inner.observe_shadow(drafter, slots, accepted)
+
+    def forget(self, slots: np.ndarray) -> None:
+        self.inner.forget(slots)
 
 
 class Off(Stateless):

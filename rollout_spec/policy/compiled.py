@@ -68,6 +68,13 @@ def seconds(prices: Prices, batch: int, rows: int, kv_tokens: int) -> float:
 
 
 @compiled
+def row_seconds(target: Prices, batch: int, context: int) -> float:
+    """What one more row of a verify pass costs; measured passes may say that it is below 0."""
+    more, fewer = seconds(target, batch, 4 * batch, context), seconds(target, batch, 2 * batch, context)
+    return (more - fewer) / (2 * batch)
+
+
+@compiled
 def survey(
     slots: np.ndarray,
     slots_before: np.ndarray,
@@ -185,9 +192,7 @@ def deepest(
     batch, longest = alive.shape
     price = -1.0  # of one more token of one sequence, in what a token of weight 1 is worth
     if ragged and batch > 1:
-        row = (seconds(target, batch, 4 * batch, context) - seconds(target, batch, 2 * batch, context)) / (
-            2 * batch
-        )
+        row = row_seconds(target, batch, context)
         if drafter is not None:
             half = max(batch // 2, 1)
             fewer = seconds(drafter, half, half, context * half // batch)

@@ -173,12 +173,10 @@ class _Simulation:
         left = self.workload.outputs[self.live] - state.outputs
         accepted = np.minimum(self.accept(state, plan), left)
         emitted = np.minimum(accepted + 1, left)
-        draft, target = pass_seconds(
-            self.costs, state.lengths, plan.drafter, plan.draft_lengths, plan.from_history
-        )
-        if drafted is not None:
-            tried = plan.from_history + drafted
-            draft, _ = pass_seconds(self.costs, state.lengths, plan.drafter, tried, plan.from_history)
+        made = plan.draft_lengths if drafted is None else plan.from_history + drafted
+        draft, _ = pass_seconds(self.costs, state.lengths, plan.drafter, made, plan.from_history)
+        batch, context = len(state.lengths), int(state.lengths.sum())
+        target = self.costs.target(batch, batch + int(plan.draft_lengths.sum()), context)
         factor = float(np.exp(self.noise * self.rng.standard_normal())) if self.noise else 1.0
         return StepOutcome(
             accepted,

@@ -94,15 +94,12 @@ def draft_coupled(q_logits: Tensor, keys: Tensor | None) -> Tensor:
     return _choose(q_logits, keys)
 
 
-def lead_coupled(q_logits: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+def lead_coupled(q_logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """`draft_coupled`, and how narrowly the drafter chose.
 
     Returns:
         Drafts int64 [B, S], and by how much each led in the score that decides (`coupled_scores`), float32 [B, S], nats.
     """
-    if keys is None:
-        best, order = q_logits.topk(2, -1)
-        return order[..., 0], best[..., 0] - best[..., 1]
     drafts, leads = zip(*(_led_race(*block) for block in _blocks(q_logits, keys)))
     return torch.cat(drafts).view(keys.shape), torch.cat(leads).view(keys.shape)
 

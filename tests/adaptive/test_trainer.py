@@ -120,8 +120,11 @@ def test_the_average_lags_behind_the_weights():
 
 
 def test_training_without_end_keeps_an_average():
-    assert TrainConfig().kept == 0.99 and TrainConfig(total_steps=100).kept == 0.0
-    assert TrainConfig(total_steps=100, average=0.9).kept == 0.9 and TrainConfig(average=0.0).kept == 0.0
+    assert TrainConfig().average_share == 0.99 and TrainConfig(total_steps=100).average_share == 0.0
+    assert (
+        TrainConfig(total_steps=100, average=0.9).average_share == 0.9
+        and TrainConfig(average=0.0).average_share == 0.0
+    )
 
 
 def test_without_an_average_the_weights_stand_for_it():

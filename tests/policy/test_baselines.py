@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
 from rollout_spec.policy.baselines import (
+    Delegate,
     EfficientRollout,
     Fixed,
     Off,
@@ -15,7 +18,15 @@ from rollout_spec.policy.baselines import (
     uniform_plan,
 )
 from rollout_spec.policy.cost_model import CostModel, PassCost
-from rollout_spec.policy.records import HISTORY, Matches, Plan, Reason, StepOutcome, StepState
+from rollout_spec.policy.records import (
+    HISTORY,
+    Matches,
+    Plan,
+    Reason,
+    SpeculationPolicy,
+    StepOutcome,
+    StepState,
+)
 
 WEIGHTS = PassCost(launch=0.001, per_sequence=0.0, weights=0.010, per_row=1e-4, per_kv_token=1e-8)
 DRAFT = PassCost(launch=0.001, per_sequence=0.0, weights=0.003, per_row=1e-4, per_kv_token=1e-8)
@@ -183,3 +194,19 @@ def test_the_bandit_tries_every_arm_and_keeps_the_best_of_each_bucket() -> None:
     for batch, K in best.items():
         assert set(pulls[batch][:10]) == {3, 7}
         assert np.mean(np.array(pulls[batch]) == K) == pytest.approx(0.95, abs=0.04)
+
+
+def test_a_delegate_passes_everything_on():
+    told = []
+
+    class Told:
+        def __getattr__(self, name):
+            return lambda *arguments: told.append((name, arguments))
+
+    names = [name for name in vars(SpeculationPolicy) if not name.startswith("_")]
+    delegate = Delegate(Told())
+    for name in names:
+        arguments = tuple(range(len(inspect.signature(getattr(delegate, name)).parameters)))
+        getattr(delegate, name)(*arguments)
+        assert told.pop() == (name, arguments)
+    assert len(names) == 7

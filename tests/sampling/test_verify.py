@@ -128,10 +128,13 @@ def test_a_lead_is_the_distance_to_the_next_best_choice(vocab_size):
     torch.testing.assert_close(leads[:, 0].double(), best[:, 0] - best[:, 1], atol=1e-4, rtol=1e-4)
 
 
-def test_a_lead_without_noise_is_that_of_the_logits():
-    q = torch.tensor([[[0.5, 3.0, 1.0, -math.inf]], [[2.0, -1.0, -math.inf, -math.inf]]])
-    drafts, leads = lead_coupled(q, None)
-    assert drafts.tolist() == [[1], [0]] and leads.tolist() == [[2.0], [3.0]]
+def test_a_choice_without_alternative_is_sure():
+    """Greedy decoding: the processed distribution is a point mass."""
+    q = torch.full((2, 1, V), -math.inf)
+    q[[0, 1], 0, [5, 9]] = 0.0
+    for lead in (lead_coupled, lead_rejection):
+        drafts, leads = lead(q, make_keys(2, 1))
+        assert drafts.tolist() == [[5], [9]] and (leads == math.inf).all()
 
 
 def test_a_lead_under_rejection_is_the_log_odds_of_the_draft():
