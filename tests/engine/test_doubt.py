@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from rollout_spec import SamplingParams
 from rollout_spec.policy.automatic import AutomaticPolicy
@@ -39,6 +40,14 @@ class TakesBackTheNarrow(ByTheDigits):
         self._going[:count] &= leads * 1000 % 4 > 1
         self.lengths[:count] += self._going[:count]
         return bool((self._going & (self.lengths < self._limits)).any())
+
+
+class KeepsOne(ByTheDigits):
+    """Drafts to the end, whatever the drafter says, and has the first token verified only."""
+
+    def more(self, leads):
+        self.lengths[:] = np.minimum(self._limits, 1)
+        return True
 
 
 class Watched(AutomaticPolicy):
@@ -139,3 +148,22 @@ def test_a_drafter_that_cannot_be_stopped_is_not(make_engine, prompts, monkeypat
     outputs(engine, policy, prompts[:2])
     assert any(plan.speculates for plan, _ in policy.passes)
     assert all(plan.stop is None and outcome.leads is None for plan, outcome in policy.passes)
+
+
+def test_junk_that_was_taken_back_is_not_left_in_the_cache(make_engine, engine, prompts):
+    """Verification overwrites what it verifies; behind a mask, a NaN would be read in the next pass."""
+    broken = make_engine(speculation={"canary": False, "verifier": "coupled", "draft_length": 6})
+    for slot, linear in broken.backend.weights.drafter.linears.items():
+        if slot.endswith("qkv"):
+            linear.matmul = lambda x, matmul=linear.matmul: torch.full_like(matmul(x), torch.nan)
+    cache, clean = broken.backend.cache, []
+
+    class Checked(Stopped):
+        def observe(self, state, plan, outcome):
+            super().observe(state, plan, outcome)
+            clean.append(bool(torch.isfinite(cache.keys).all() and torch.isfinite(cache.values).all()))
+
+    policy = Checked(6, KeepsOne)
+    assert outputs(broken, policy, prompts[:4]) == outputs(engine, Off(), prompts[:4])
+    assert any((outcome.drafted == 6).any() for _, outcome in policy.passes if outcome.drafted is not None)
+    assert all(clean)

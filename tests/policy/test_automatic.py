@@ -386,3 +386,12 @@ def test_a_price_seen_once_is_no_verdict_for_ever():
     plans = run(made, where, 0.95, 3000)
     drafted = [plan.speculates for plan in plans]
     assert np.mean(drafted[-200:]) > 0.9
+
+
+def test_a_bad_record_is_no_verdict_for_ever():
+    made, where = seen(0.95), state(allowed=100_000)
+    for _ in range(200):
+        made.arbiter.observe("nf4", 1, 1.0, 0.2)
+    assert not any(plan.speculates for plan in run(made, where, 0.95, 40))
+    drafted = [plan.speculates for plan in run(made, where, 0.95, 3000)]
+    assert np.mean(drafted[-200:]) > 0.9

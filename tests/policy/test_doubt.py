@@ -8,6 +8,7 @@ import pytest
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.cost_model import CostModel, PassCost
 from rollout_spec.policy.doubt import Leads, UntilInDoubt, classes_of
+from rollout_spec.policy.records import Plan, Reason, StepOutcome, StepState
 from rollout_spec.policy.simulator import makespan, simulate
 from rollout_spec.policy.workloads import from_lengths
 
@@ -157,9 +158,14 @@ def test_uniform_lengths_are_not_cut():
 
 def test_drafting_is_paid_for_whether_or_not_it_is_verified():
     """What was taken back has cost its time: the learnt price of a draft step stays what it is."""
-    policy = AutomaticPolicy(COSTS, probe_share=0.0)
-    for seed in range(4):
-        workload = from_lengths("w", np.full(8, 300), alpha=0.99)
-        acceptance = replace(workload.drafters["nf4"], doubts=(0.2, 0.3))
-        simulate(replace(workload, drafters={"nf4": acceptance}, stoppable=True), policy, COSTS, seed=seed)
+    policy, ones = AutomaticPolicy(COSTS, probe_share=0.0), np.ones(8, np.int64)
+    state = StepState(np.arange(8), 300 * ones, 200 * ones, 100 * ones, ("nf4",), stoppable=True)
+    plan = Plan(ones, 0 * ones, "nf4", Reason.PAYS)
+    drafting = sum(COSTS.draft("nf4", 8, 2400) for _ in range(4))
+    outcome = StepOutcome(
+        ones, 2 * ones, ones < 0, drafting, COSTS.target(8, 16, 2400),
+        drafted=4 * ones, leads=np.ones((8, 4), np.float32),
+    )  # fmt: skip
+    for _ in range(10):
+        policy.observe(state, plan, outcome)
     assert policy.costs.draft("nf4", 8, 2400) == pytest.approx(COSTS.draft("nf4", 8, 2400), rel=0.02)
