@@ -158,7 +158,8 @@ class ByTheDigits:
     def more(self, leads: np.ndarray) -> bool:
         count = len(leads)
         self.lengths[:count] += self._going[:count]
-        self._going[:count] &= (leads * 1000 % 4 > 1) & (self.lengths < self._limits)[:count]
+        digits = np.minimum(leads, 1e6) * 1000 % 4  # the lead of the only possible token is infinite
+        self._going[:count] &= (digits > 1) & (self.lengths < self._limits)[:count]
         return bool(self._going.any())
 
     def take(self, index: np.ndarray, limits: np.ndarray) -> ByTheDigits:
