@@ -25,7 +25,7 @@ import numpy as np
 from rollout_spec.policy.acceptance import AcceptanceTracker
 from rollout_spec.policy.arbiter import Arbiter
 from rollout_spec.policy.candidates import Candidate, Round
-from rollout_spec.policy.compiled import row_seconds, survey
+from rollout_spec.policy.compiled import further, gain_alone, row_seconds, survey
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 from rollout_spec.policy.doubt import Leads, UntilInDoubt
 from rollout_spec.policy.lengths import RemainingLength
@@ -158,7 +158,7 @@ class AutomaticPolicy(SpeculationPolicy):
         state = StepState(pair, pair, pair, pair, matches=Matches(pair, np.full(2, 0.5)))
         for matched in (None, pair):
             survey(pair, pair, pair, pair, matched, self.longest)
-        round = Round(self, state, self.lengths.last_to_finish(pair, pair), pair, 2, 1.0)
+        round = Round(self, state, self.lengths.last_to_finish(pair, pair), pair, pair, 2, 1.0)
         for arm in self.arbiter.arms[1:]:
             round.candidate(arm)
         if (took := time.perf_counter() - began) > 1:
@@ -182,7 +182,7 @@ class AutomaticPolicy(SpeculationPolicy):
             self._rest -= 1
             return Plan.plain(batch, Reason.NOT_WORTH, self._plain_seconds)
         lengths = None if state.matches is None else state.matches.lengths
-        room, fits, context, matched, same = survey(
+        room, found, fits, context, matched, same = survey(
             state.slots, self._slots, state.allowed, state.lengths, lengths, self.longest
         )
         if not fits:
@@ -190,7 +190,7 @@ class AutomaticPolicy(SpeculationPolicy):
         offers = (matched, state.drafters)
         if self._held and same and offers == self._offers:
             self._held -= 1
-            round = Round(self, state, self._weights, room, context, self._plain_seconds)
+            round = Round(self, state, self._weights, room, found, context, self._plain_seconds)
             return self._carry_out(round, self._mode, None, Reason.STILL_PAYS)
         self._held, self._offers, self._slots = 0, offers, state.slots
         drafters = [name for name in state.drafters if name in self.acceptance]
@@ -204,7 +204,7 @@ class AutomaticPolicy(SpeculationPolicy):
 
         self._plain_seconds = plain_seconds
         weights = self._value_of_tokens(state, context, plain_seconds)
-        round = Round(self, state, weights, room, context, plain_seconds)
+        round = Round(self, state, weights, room, found, context, plain_seconds)
         arms = [HISTORY] if matched else []
         for name in drafters:
             behind = f"{HISTORY}+{name}"
@@ -271,21 +271,20 @@ class AutomaticPolicy(SpeculationPolicy):
     def _until_in_doubt(self, round: Round, arm: str, chosen: Candidate) -> tuple[np.ndarray, UntilInDoubt]:
         """Draft lengths with room beyond those chosen, and what decides on the way how much of it is used."""
         assert chosen.drafter is not None
-        name, batch, context, before = chosen.drafter, round.batch, round.context, chosen.before
-        tracker, own = self.acceptance[name], chosen.draft_lengths - before
-        limits = np.where(own > 0, np.minimum(_ROOM * own, round.room - before), 0)
-        alive, matches = np.ones(batch), round.state.matches
-        if matches is not None and before.any():
-            alive = matches.confidence**before
+        name, batch, context = chosen.drafter, round.batch, round.context
+        matches = round.state.matches
+        confidence = None if matches is None else matches.confidence
+        lengths, own, reached, following = further(
+            chosen.draft_lengths, chosen.before, round.room, chosen.alive, confidence, _ROOM
+        )
         rate = max(chosen.gain * self.arbiter.correction(arm, batch), 1.0) / round.plain_seconds
         row = max(row_seconds(self.costs.prices[TARGET], batch, context), 0.0) * rate
 
         def step(drafting: int) -> float:
             return rate * self.costs.draft(name, drafting, context * drafting // batch)
 
-        following = tracker.survival(round.state.slots)[:, 0]
-        acceptance = self.leads[name].acceptance(tracker.mean)
-        return before + limits, UntilInDoubt(alive, following, round.weights, limits, acceptance, row, step)
+        acceptance = self.leads[name].acceptance(self.acceptance[name].mean)
+        return lengths, UntilInDoubt(reached, following, round.weights, own, acceptance, row, step)
 
     @property
     def last_gain(self) -> float:
@@ -360,19 +359,17 @@ class AutomaticPolicy(SpeculationPolicy):
         lost = self.lengths.delay(state.outputs, state.allowed, drift) / passes
         return 1.0 - self._makespan * min(lost, tau - 1.0) / tau
 
-    def _gain_alone(self, drafters: tuple[str, ...], plain_seconds: float, kv_tokens: int) -> float:
+    def _gain_alone(self, drafters: tuple[str, ...], plain_seconds: float, context: int) -> float:
         """Largest gain expected for a single sequence, at the mean acceptance; at least 1."""
-        best = 1.0
-        for name in drafters:
-            if name not in self.acceptance:
-                continue
-            tau, alive, step = 1.0, 1.0, self.costs.draft(name, 1, kv_tokens)
-            for depth in range(1, self.longest + 1):
-                alive *= self.acceptance[name].mean
-                tau += alive
-                seconds = depth * step + self.costs.target(1, depth + 1, kv_tokens)
-                best = max(best, tau * plain_seconds / seconds)
-        return best
+        prices = self.costs.prices
+        gains = [
+            gain_alone(
+                self.acceptance[name].mean, self.longest, prices[TARGET], plain_seconds, prices[name], context
+            )
+            for name in drafters
+            if name in self.acceptance
+        ]
+        return max(gains, default=1.0)
 
     # --- learning --------------------------------------------------------------------------------------
 

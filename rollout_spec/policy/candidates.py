@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,34 +15,28 @@ if TYPE_CHECKING:
     from rollout_spec.policy.automatic import AutomaticPolicy
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """What one arm could do in a pass. Only its gain is needed to compare it; the rest is worked out when asked for.
+class Candidate(NamedTuple):
+    """What one arm could do in a pass.
 
     Attributes:
         drafter: Who drafts behind history, or None.
+        draft_lengths: Draft tokens, those of history included, int64 [B].
         before: Tokens of history ahead of those that `alive` is about, int64 [B].
         certain: Tokens expected of them, float64 [B].
         alive: P(tokens 1..j accepted), 0 for those not on offer, float64 [B, longest].
-        offered: How many are on offer, int64 [B].
         depth: Of these, tokens from here on are not drafted.
         gain: Predicted speed over plain decoding.
         seconds: Predicted time of the pass.
     """
 
     drafter: str | None
+    draft_lengths: np.ndarray
     before: np.ndarray
     certain: np.ndarray
     alive: np.ndarray
-    offered: np.ndarray
     depth: int
     gain: float
     seconds: float
-
-    @cached_property
-    def draft_lengths(self) -> np.ndarray:
-        """int64 [B]."""
-        return self.before + np.minimum(self.offered, self.depth)
 
     @property
     def from_history(self) -> np.ndarray:
@@ -71,10 +64,12 @@ class Round:
         state: StepState,
         weights: np.ndarray,
         room: np.ndarray,
+        found: np.ndarray,
         context: int,
         plain_seconds: float,
     ) -> None:
         self.policy, self.state, self.weights, self.room = policy, state, weights, room
+        self.found = found
         self.batch, self.context, self.plain_seconds = len(weights), context, plain_seconds
         self.zeros = np.zeros(self.batch, np.int64)
 
@@ -89,8 +84,8 @@ class Round:
         """History alone: no cost but the rows to verify."""
         matches = self.state.matches
         assert matches is not None
-        alive = powers(matches.confidence, self.policy.longest)
-        return self._best(alive, np.minimum(matches.lengths, self.room), None)
+        alive = powers(matches.confidence, self.found, self.policy.longest)
+        return self._best(alive, self.found, None)
 
     def _drafted(self, arm: str, name: str) -> Candidate:
         """A drafter with weights, behind what history proposes if the arm says so."""
@@ -119,18 +114,14 @@ class Round:
             before: Tokens drafted ahead of these, int64 [B], if any.
             certain: Tokens expected of those, float64 [B].
         """
-        policy, costs = self.policy, self.policy.costs
-        history, ahead, worth = 0, policy.deciding, 1.0
+        policy, costs, worth = self.policy, self.policy.costs, 1.0
         if before is None or certain is None:
             before = certain = self.zeros
         else:
-            history = int(before.sum())
             worth += float(self.weights @ certain)
-        if drafter is not None and history:
-            ahead += costs.catching_up(drafter, self.batch, history)
         step = None if drafter is None else costs.prices[drafter]
-        offered, depth, gain, seconds = deepest(
-            alive, limit, self.weights, costs.prices[TARGET], step, self.context, history, ahead, worth,
+        lengths, depth, gain, seconds = deepest(
+            alive, before, limit, self.weights, costs.prices[TARGET], step, self.context, policy.deciding, worth,
             self.plain_seconds, policy.last_gain, policy.ragged,
         )  # fmt: skip
-        return Candidate(drafter, before, certain, alive, offered, depth, gain, seconds)
+        return Candidate(drafter, lengths, before, certain, alive, depth, gain, seconds)

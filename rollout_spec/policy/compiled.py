@@ -68,6 +68,14 @@ def seconds(prices: Prices, batch: int, rows: int, kv_tokens: int) -> float:
 
 
 @compiled
+def catching_up(drafter: Prices, batch: int, rows: int) -> float:
+    """Seconds that a drafter's first step takes longer because it reads `rows` tokens of history too."""
+    more: float = _pass_seconds(drafter.terms, batch, batch + rows, 0)
+    alone: float = _pass_seconds(drafter.terms, batch, batch, 0)
+    return more - alone
+
+
+@compiled
 def row_seconds(target: Prices, batch: int, context: int) -> float:
     """What one more row of a verify pass costs; measured passes may say that it is below 0."""
     more, fewer = seconds(target, batch, 4 * batch, context), seconds(target, batch, 2 * batch, context)
@@ -82,14 +90,16 @@ def survey(
     lengths: np.ndarray,
     matched: np.ndarray | None,
     longest: int,
-) -> tuple[np.ndarray, bool, int, bool, bool]:
+) -> tuple[np.ndarray, np.ndarray, bool, int, bool, bool]:
     """What a policy asks of a `StepState` first, in one go.
 
     Returns:
-        Draft tokens for which there is room, int64, at most `longest`; whether there is any; context tokens of all
-        sequences together; whether history matches anything; whether the sequences are those of before.
+        Draft tokens for which there is room, int64, at most `longest`; of these, what history has, int64; whether there
+        is room anywhere; context tokens of all sequences together; whether history matches anything; whether the
+        sequences are those of before.
     """
-    room, fits, context = np.empty(len(slots), np.int64), False, 0
+    room, found = np.empty(len(slots), np.int64), np.zeros(len(slots), np.int64)
+    fits, context = False, 0
     proposed, same = False, len(slots) == len(slots_before)
     for i in range(len(slots)):
         room[i] = min(allowed[i] - 1, longest)
@@ -97,8 +107,9 @@ def survey(
         context += lengths[i]
         if matched is not None:
             proposed |= matched[i] > 0
+            found[i] = min(matched[i], room[i])
         same = same and slots[i] == slots_before[i]
-    return room, fits, context, proposed, same
+    return room, found, fits, context, proposed, same
 
 
 @compiled
@@ -128,12 +139,12 @@ def survival(
 
 
 @compiled
-def powers(confidence: np.ndarray, longest: int) -> np.ndarray:
-    """The same where each token is accepted with one probability, float64 [B, `longest`]."""
-    alive = np.empty((len(confidence), longest))
+def powers(confidence: np.ndarray, limit: np.ndarray, longest: int) -> np.ndarray:
+    """The same where each token is accepted with one probability, float64 [B, `longest`]; 0 behind `limit` tokens, int64."""
+    alive = np.zeros((len(confidence), longest))
     for i in range(len(confidence)):
         reached = 1.0
-        for j in range(longest):
+        for j in range(limit[i]):
             reached *= min(confidence[i], MOST)
             alive[i, j] = reached
     return alive
@@ -155,12 +166,12 @@ def put_behind(alive: np.ndarray, confidence: np.ndarray, before: np.ndarray) ->
 @compiled
 def deepest(
     alive: np.ndarray,
+    before: np.ndarray,
     limit: np.ndarray,
     weights: np.ndarray,
     target: Prices,
     drafter: Prices | None,
     context: int,
-    history: int,
     ahead: float,
     worth: float,
     plain_seconds: float,
@@ -174,12 +185,12 @@ def deepest(
 
     Args:
         alive: P(tokens 1..j accepted), float64 [B, L], falling in j; set to 0 for what is not on offer.
+        before: Tokens drafted ahead of these, int64.
         limit: Most tokens of each sequence, int64.
         weights: What a token of it is worth, float64.
         target: Of verify passes.
         drafter: Of a draft step, or None where drafting is free.
         context: Context tokens of all sequences together.
-        history: Tokens drafted ahead of these, all together.
         ahead: Seconds spent before the first draft step.
         worth: What is emitted without these tokens is worth this much.
         plain_seconds: Of a plain pass.
@@ -187,9 +198,12 @@ def deepest(
         ragged: Whether K may differ between sequences.
 
     Returns:
-        Tokens on offer, int64; the depth to stop at; its gain; the seconds of that pass.
+        Draft lengths, those `before` included, int64; the depth to stop at; its gain; the seconds of that pass.
     """
     batch, longest = alive.shape
+    history = before.sum()
+    if drafter is not None and history:
+        ahead += catching_up(drafter, batch, history)
     price = -1.0  # of one more token of one sequence, in what a token of weight 1 is worth
     if ragged and batch > 1:
         row = row_seconds(target, batch, context)
@@ -205,13 +219,11 @@ def deepest(
     offered = np.zeros(batch, np.int64)
     values, active = np.zeros(longest), np.zeros(longest, np.int64)
     for i in range(batch):
-        for j in range(longest):
-            if j < limit[i] and alive[i, j] * weights[i] > price:
-                values[j] += weights[i] * alive[i, j]
-                active[j] += 1
-                offered[i] += 1
-            else:
-                alive[i, j] = 0.0
+        while offered[i] < limit[i] and alive[i, offered[i]] * weights[i] > price:
+            values[offered[i]] += weights[i] * alive[i, offered[i]]
+            active[offered[i]] += 1
+            offered[i] += 1
+        alive[i, offered[i] :] = 0.0
 
     depth, gain, duration = 0, 0.0, math.inf
     rows, step, stepped = batch + history, 0.0, 0  # `step`: seconds of one of `stepped` sequences
@@ -229,7 +241,41 @@ def deepest(
             depth, gain, duration = j + 1, worth * plain_seconds / taken, taken
         elif j > depth:
             break
-    return offered, depth, gain, duration
+    return before + np.minimum(offered, depth), depth, gain, duration
+
+
+@compiled
+def further(
+    lengths: np.ndarray,
+    before: np.ndarray,
+    room: np.ndarray,
+    alive: np.ndarray,
+    confidence: np.ndarray | None,
+    factor: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Draft lengths whose part behind history has grown by a factor, as far as there is room.
+
+    Args:
+        lengths: Draft tokens, int64.
+        before: Of these, history's, int64.
+        room: Most draft tokens, int64.
+        alive: P(tokens 1..j behind history accepted), float64 [B, L], see `deepest`.
+        confidence: In each of history's, float64.
+        factor: At least 1.
+
+    Returns:
+        Those draft lengths, int64; their part behind history, int64; P(all of history's are accepted), float64; P(the
+        first behind them is | they are), float64, 0 where none is drafted.
+    """
+    reached, first, own = np.ones(len(lengths)), np.zeros(len(lengths)), lengths - before
+    for i in range(len(own)):
+        if confidence is not None:
+            for _ in range(before[i]):
+                reached[i] *= min(confidence[i], MOST)
+        if own[i] > 0:
+            own[i] = min(factor * own[i], room[i] - before[i])
+            first[i] = alive[i, 0] / reached[i]
+    return before + own, own, reached, first
 
 
 @compiled
@@ -253,16 +299,17 @@ def outlasting(
         scale: Of the prior, in tokens, float64.
         unseen: Weight of the prior, in lengths.
     """
-    alive = np.empty((len(outputs), len(tokens)))
+    alive = np.zeros((len(outputs), len(tokens)))
     for i in range(len(outputs)):
         passed = np.searchsorted(finished, outputs[i], side="right")
-        beyond = len(finished) - passed + unseen
+        share, slope = 1.0 / (len(finished) - passed + unseen), 0.5 / width[i]
         for j in range(len(tokens)):
-            while passed < len(finished) and finished[passed] <= outputs[i] + tokens[j]:
-                passed += 1
+            limit = (allowed[i] + width[i] - tokens[j]) * slope
+            if limit <= 0.0:
+                break
+            passed += np.searchsorted(finished[passed:], outputs[i] + tokens[j], side="right")
             left = len(finished) - passed + unseen * scale[i] / (scale[i] + tokens[j])
-            limit = (allowed[i] + width[i] - tokens[j]) / (2 * width[i])
-            alive[i, j] = min(max(limit, 0.0), 1.0) * left / beyond
+            alive[i, j] = min(limit, 1.0) * left * share
     return alive
 
 
@@ -275,11 +322,44 @@ def ending_last(alive: np.ndarray) -> np.ndarray:
     batch, points = alive.shape
     last, done = np.full(batch, _LEAST), np.empty(batch)
     for x in range(points - 1):
+        all_done = 1.0
         for i in range(batch):
-            done[i] = math.log(max(1.0 - 0.5 * (alive[i, x] + alive[i, x + 1]), _LEAST))
-        all_done = done.sum()
-        if all_done < 3 * math.log(_LEAST):
+            done[i] = max(1.0 - 0.5 * (alive[i, x] + alive[i, x + 1]), _LEAST)
+            all_done *= done[i]
+        if all_done < _LEAST**3:
             continue  # not even all others are done here
         for i in range(batch):
-            last[i] += (alive[i, x] - alive[i, x + 1]) * math.exp(all_done - done[i])
+            last[i] += (alive[i, x] - alive[i, x + 1]) * all_done / done[i]
     return last / last.sum()
+
+
+@compiled
+def delayed(sharp: np.ndarray, blurred: np.ndarray, tokens: np.ndarray) -> float:
+    """By how many tokens the last of all ends later if P(it runs on past `tokens` [X]) is `blurred`, not `sharp`, [B, X].
+
+    E max(R) is the integral of 1 - P(R_1 <= x) ... P(R_B <= x); the trapezoidal rule.
+    """
+    later, before = 0.0, 0.0
+    for x in range(len(tokens)):
+        one, other = 1.0, 1.0
+        for i in range(len(sharp)):
+            one *= 1.0 - sharp[i, x]
+            other *= 1.0 - blurred[i, x]
+        if x:
+            later += 0.5 * (before + one - other) * (tokens[x] - tokens[x - 1])
+        before = one - other
+    return later
+
+
+@compiled
+def gain_alone(
+    acceptance: float, longest: int, target: Prices, plain: float, drafter: Prices, context: int
+) -> float:
+    """Largest gain of a single sequence whose draft tokens are all accepted with one probability; at least 1."""
+    best, tau, alive = 1.0, 1.0, 1.0
+    step = seconds(drafter, 1, 1, context)
+    for depth in range(1, longest + 1):
+        alive *= acceptance
+        tau += alive
+        best = max(best, tau * plain / (depth * step + seconds(target, 1, depth + 1, context)))
+    return best

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rollout_spec.policy.compiled import ending_last, outlasting
+from rollout_spec.policy.compiled import delayed, ending_last, outlasting
 
 _KEPT = 4096  # lengths remembered
 _UNSEEN = 1.0  # weight of the prior, in finished answers longer than the request's present length
@@ -58,8 +58,8 @@ class RemainingLength:
     def delay(self, outputs: np.ndarray, allowed: np.ndarray, drift: float) -> float:
         """Tokens by which the end of the last request moves off if paces drift apart on the way.
 
-        E max(R) is the integral of 1 - P(R_1 <= x) ... P(R_B <= x). Requests that end far apart anyway lose nothing;
-        those that would reach a limit together wait for the unluckiest of them.
+        Requests that end far apart anyway lose nothing; those that would reach a limit together wait for the
+        unluckiest of them.
 
         Args:
             drift: Standard deviation of the lead that one request has by then, in tokens, at least 0.
@@ -68,8 +68,7 @@ class RemainingLength:
         top = float(allowed.max())
         edge = max(top - half, 0.0)
         tokens = np.concatenate((GRID[edge > GRID], np.linspace(edge, top + half, _POINTS)))
-        ends = []
-        for width in (_SHARP, half):
-            alive = self.survival(outputs, allowed, tokens, np.minimum(allowed, width))
-            ends.append(float(np.trapezoid(1.0 - (1.0 - alive).prod(0), tokens)))
-        return max(ends[1] - ends[0], 0.0)
+        sharp, blurred = (
+            self.survival(outputs, allowed, tokens, np.minimum(allowed, width)) for width in (_SHARP, half)
+        )
+        return max(delayed(sharp, blurred, tokens), 0.0)

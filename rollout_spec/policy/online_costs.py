@@ -7,7 +7,7 @@ from collections import deque
 
 import numpy as np
 
-from rollout_spec.policy.compiled import Prices, seconds
+from rollout_spec.policy.compiled import Prices, catching_up, seconds
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 
 _STEP = 0.08  # weight of one pass in the correction
@@ -121,11 +121,6 @@ class OnlineCosts:
         """Seconds of one drafter step over `batch` sequences."""
         return seconds(self.prices[drafter], batch, batch, kv_tokens)
 
-    def catching_up(self, drafter: str, batch: int, rows: int) -> float:
-        """Seconds that a drafter's first step takes longer because it reads `rows` tokens of history too."""
-        cost = self.model.passes[drafter]
-        return cost.seconds(batch, batch + rows, 0) - cost.seconds(batch, batch, 0)
-
     def observe_target(self, batch: int, rows: int, kv_tokens: int, seconds: float) -> None:
         """A target pass was run, plain (`rows == batch`) or to verify."""
         self._passes += 1
@@ -137,7 +132,7 @@ class OnlineCosts:
     ) -> None:
         """A drafter drafted `own [B]` tokens behind `before [B]` of history, in `seconds` altogether."""
         batch, cost = len(own), self.model.passes[drafter]
-        expected = self.catching_up(drafter, batch, int(before[own > 0].sum()))
+        expected = catching_up(self.prices[drafter], batch, int(before[own > 0].sum()))
         for depth in range(int(own.max())):
             active = int((own > depth).sum())
             expected += cost.seconds(active, active, kv_tokens * active // batch)

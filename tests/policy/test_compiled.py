@@ -6,8 +6,11 @@ import pytest
 from rollout_spec.policy import compiled
 from rollout_spec.policy.compiled import (
     Prices,
+    catching_up,
     deepest,
     ending_last,
+    further,
+    gain_alone,
     outlasting,
     powers,
     put_behind,
@@ -51,8 +54,10 @@ def test_survival_is_the_product_of_what_each_token_survives(rng):
 
 def test_what_stands_behind_history_is_reached_if_all_of_that_is_accepted(rng):
     confidence, before = rng.uniform(0, 1, BATCH), rng.integers(0, 5, BATCH)
-    alive = powers(confidence, LONGEST)
+    alive = powers(confidence, np.full(BATCH, LONGEST), LONGEST)
     np.testing.assert_allclose(alive, confidence[:, None] ** np.arange(1, LONGEST + 1))
+    limited = powers(confidence, before, LONGEST)
+    np.testing.assert_array_equal(limited, alive * (np.arange(LONGEST) < before[:, None]))
     certain = put_behind(alive, confidence, before)
     np.testing.assert_allclose(alive, confidence[:, None] ** (before[:, None] + np.arange(1, LONGEST + 1)))
     np.testing.assert_allclose(
@@ -66,14 +71,20 @@ def test_of_what_is_on_offer_the_depth_of_the_largest_gain_is_taken(rng, drafter
     """Every depth, priced one by one. Gains rise and then fall with the depth here."""
     for _ in range(50):
         weights = rng.dirichlet(np.full(BATCH, 0.5))
-        given, limit = powers(rng.uniform(0, 1, BATCH), LONGEST), rng.integers(0, LONGEST + 1, BATCH)
+        limit = rng.integers(0, LONGEST + 1, BATCH)
         limit[0] = LONGEST
-        context, history, ahead, worth, plain = 5000, 3, 2e-3, 1.2, 0.02
+        given = powers(rng.uniform(0, 1, BATCH), limit, LONGEST)
+        before = rng.integers(0, 3, BATCH)
+        context, history, ahead, worth, plain = 5000, int(before.sum()), 2e-3, 1.2, 0.02
         step = None if drafter is None else prices(drafter)
         alive = given.copy()
-        offered, depth, gain, duration = deepest(
-            alive, limit, weights, prices(TARGET), step, context, history, ahead, worth, plain, 1.3, ragged
+        lengths, depth, gain, duration = deepest(
+            alive, before, limit, weights, prices(TARGET), step, context, ahead, worth, plain, 1.3, ragged
         )
+        offered = (alive > 0).sum(1)
+        np.testing.assert_array_equal(lengths, before + np.minimum(offered, depth))
+        if step is not None:
+            ahead += catching_up(step, BATCH, history)
         assert (offered <= limit).all()
         np.testing.assert_array_equal(alive, given * (np.arange(LONGEST) < offered[:, None]))
         if not ragged:
@@ -92,13 +103,47 @@ def test_of_what_is_on_offer_the_depth_of_the_largest_gain_is_taken(rng, drafter
 
 
 def test_a_token_is_on_offer_if_it_is_worth_its_price(rng):
-    weights, alive = np.array([0.9, 0.1]), powers(np.full(2, 0.7), LONGEST)
+    weights, alive = np.array([0.9, 0.1]), powers(np.full(2, 0.7), np.full(2, LONGEST), LONGEST)
     row = (seconds(prices(TARGET), 2, 8, 100) - seconds(prices(TARGET), 2, 4, 100)) / 4
     wanted = (alive * weights[:, None] > row * 1.3 / 0.002).sum(1)
     limit = np.full(2, LONGEST)
-    offered, *_ = deepest(alive, limit, weights, prices(TARGET), None, 100, 0, 0.0, 1.0, 0.002, 1.3, True)
+    none = np.zeros(2, np.int64)
+    deepest(alive, none, limit, weights, prices(TARGET), None, 100, 0.0, 1.0, 0.002, 1.3, True)
+    offered = (alive > 0).sum(1)
     np.testing.assert_array_equal(offered, wanted)
     assert LONGEST > offered[0] > offered[1]
+
+
+def test_a_first_step_behind_history_reads_that_too():
+    wanted = STEP.seconds(4, 4 + 30, 0) - STEP.seconds(4, 4, 0)
+    assert wanted > 30 * 0.1 * STEP.per_row
+    assert catching_up(prices(STEP), 4, 30) == pytest.approx(wanted)
+
+
+def test_a_single_sequence_gains_what_its_best_draft_length_does():
+    plain, context = TARGET.seconds(1, 1, 300), 300
+    gains = [
+        sum(0.9**j for j in range(k + 1)) * plain
+        / (k * STEP.seconds(1, 1, context) + TARGET.seconds(1, k + 1, context))
+        for k in range(LONGEST + 1)
+    ]  # fmt: skip
+    found = gain_alone(0.9, LONGEST, prices(TARGET), plain, prices(STEP), context)
+    assert found == pytest.approx(max(gains)) and found > gains[1] > 1
+    assert gain_alone(0.1, LONGEST, prices(TARGET), plain, prices(STEP), context) == 1.0
+
+
+def test_drafts_grow_behind_history_as_far_as_there_is_room():
+    lengths, before, room = np.array([5, 2, 4, 3]), np.array([1, 2, 0, 0]), np.array([16, 16, 6, 3])
+    confidence, alive = np.array([0.5, 0.5, 0.9, 0.9]), powers(np.full(4, 0.7), np.full(4, LONGEST), LONGEST)
+    longer, own, reached, first = further(lengths, before, room, alive, None, 2)
+    np.testing.assert_array_equal(own, [8, 0, 6, 3])
+    np.testing.assert_array_equal(longer, before + own)
+    np.testing.assert_array_equal(reached, np.ones(4))
+    np.testing.assert_array_equal(first, [0.7, 0.0, 0.7, 0.7])
+    put_behind(alive, confidence, before)
+    _, _, reached, first = further(lengths, before, room, alive, confidence, 2)
+    np.testing.assert_allclose(reached, [0.5, 0.25, 1.0, 1.0])
+    np.testing.assert_allclose(first, [0.7, 0.0, 0.7, 0.7])
 
 
 def test_outlasting_counts_what_ran_longer(rng):
