@@ -157,10 +157,15 @@ def _speculation() -> dict[str, Any]:
 
 
 class _Switching(Stateless):
-    """Speculates with K tokens in the steps that `on` says, or in all, or in none."""
+    """Speculates with K tokens in the steps that `on` says.
 
-    def __init__(self, draft_length: int, on: Callable[[], bool]) -> None:
-        self.draft_length, self._on = draft_length, on
+    Attributes:
+        steps: Of those with all sequences live: whether it speculated, and the seconds.
+    """
+
+    def __init__(self, draft_length: int, batch: int, on: Callable[[], bool]) -> None:
+        self.draft_length, self._batch, self._on = draft_length, batch, on
+        self.steps: list[tuple[bool, float]] = []
 
     def plan(self, state: StepState) -> Plan:
         lengths = np.minimum(self.draft_length, state.allowed - 1)
@@ -168,54 +173,55 @@ class _Switching(Stateless):
             return Plan.plain(len(state.slots), Reason.FIXED)
         return Plan(lengths, np.zeros_like(lengths), state.drafters[0], Reason.FIXED)
 
+    def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
+        if len(state.slots) == self._batch:
+            self.steps.append((plan.speculates, outcome.seconds))
+
+    def times(self, on: bool) -> tuple[int, float]:
+        """Steps with speculation or those without: how many, and the median of their seconds."""
+        seconds = [s for speculated, s in self.steps if speculated is on]
+        return len(seconds), float(np.median(seconds))
+
 
 def toggling_overhead(path: Path, batch: int, pairs: int, seed: int) -> dict[str, Any]:
     """What switching at random in every step costs over the weighted mean of both modes.
 
-    Three runs emit the same tokens: always on, always off, and on or off at random in every step. The median on and off
-    steps of the third are compared with those of the first two, in the proportions of the third.
+    Three engines emit the same tokens in turns: always on, always off, and on or off at random in every step. The median
+    on and off steps of the third are compared with those of the first two, in the proportions of the third.
     """
-    engine = RolloutEngine.from_pretrained(
-        path,
-        seed=seed,
-        max_model_len=512,
-        max_num_seqs=batch,
-        speculation=_speculation(),
-    )
+    engines = [
+        RolloutEngine.from_pretrained(
+            path, seed=seed, max_model_len=512, max_num_seqs=batch, speculation=_speculation()
+        )
+        for _ in range(3)
+    ]
     prompts = sorted(load_problems().prompts(256, seed, "test"), key=len)[-batch:]
     ids = [f"toggling-{row}" for row in range(batch)]
     params = SamplingParams(max_tokens=160, ignore_eos=True)
     rng = np.random.default_rng(seed)
-    tokens: dict[str, list[list[int]]] = {}
-    log: list[tuple[bool, float]] = []
+    modes = (lambda: True, lambda: False, lambda: bool(rng.random() < 0.5))
 
-    class Timed(_Switching):
-        def observe(self, state: StepState, plan: Plan, outcome: Any) -> None:
-            if len(state.slots) == batch:
-                log.append((plan.speculates, outcome.seconds))
-
-    def run(name: str, on: Callable[[], bool]) -> list[tuple[bool, float]]:
-        log.clear()
-        engine.backend.policy = Timed(4, on)
-        completions = engine.generate(prompts, params, request_ids=ids)
-        tokens[name] = [completion.token_ids for completion in completions]
-        return list(log)
-
-    overheads = []
+    overheads, tokens, identical = [], 0, True
     for _ in range(pairs):
-        always = np.median([s for _, s in run("on", lambda: True)])
-        never = np.median([s for _, s in run("off", lambda: False)])
-        mixed = run("toggled", lambda: bool(rng.random() < 0.5))
-        on, off = ([s for speculates, s in mixed if speculates is wanted] for wanted in (True, False))
-        expected = len(on) * always + len(off) * never
-        overheads.append((len(on) * np.median(on) + len(off) * np.median(off)) / expected - 1)
+        engines.append(engines.pop(0))
+        policies = [_Switching(4, batch, on) for on in modes]
+        works = [
+            Work(engine, policy, partial(engine.generate, prompts, params, request_ids=ids))
+            for engine, policy in zip(engines, policies, strict=True)
+        ]
+        always, never, mixed = ([c.token_ids for c in completions] for _, completions in in_turns(works))
+        identical = identical and always == never == mixed
+        tokens = sum(map(len, never))
+        on, off = (policies[2].times(True), policies[2].times(False))
+        expected = on[0] * policies[0].times(True)[1] + off[0] * policies[1].times(False)[1]
+        overheads.append((on[0] * on[1] + off[0] * off[1]) / expected - 1)
     low, high = median_interval(overheads)
     return {
         "batch": batch,
         "overhead": round(float(np.median(overheads)), 4),
         "interval": [round(low, 4), round(high, 4)],
-        "identical": tokens["on"] == tokens["off"] == tokens["toggled"],
-        "tokens": sum(map(len, tokens["off"])),
+        "identical": identical,
+        "tokens": tokens,
         "triples": pairs,
     }
 
