@@ -128,13 +128,14 @@ def survival(
         prior: Tokens after which a sequence's own record weighs as much as the drafter's.
     """
     alive = np.empty((len(slots), len(rejection)))
+    times, reached = np.empty(len(slots)), np.ones(len(slots))
     for i, slot in enumerate(slots):
         tried, accepted = request[slot, 0], request[slot, 1]
-        rejected = (tried - accepted + prior * expected) / (tried + prior)
-        reached = 1.0
-        for j in range(len(rejection)):
-            reached *= max(min(1.0 - rejected / expected * rejection[j], MOST), 0.0)
-            alive[i, j] = reached
+        times[i] = (tried - accepted + prior * expected) / (tried + prior) / expected
+    for j in range(len(rejection)):
+        for i in range(len(slots)):  # inside, so that no product waits for the one before
+            reached[i] *= max(min(1.0 - times[i] * rejection[j], MOST), 0.0)
+            alive[i, j] = reached[i]
     return alive
 
 
@@ -219,11 +220,13 @@ def deepest(
     offered = np.zeros(batch, np.int64)
     values, active = np.zeros(longest), np.zeros(longest, np.int64)
     for i in range(batch):
-        while offered[i] < limit[i] and alive[i, offered[i]] * weights[i] > price:
-            values[offered[i]] += weights[i] * alive[i, offered[i]]
-            active[offered[i]] += 1
-            offered[i] += 1
-        alive[i, offered[i] :] = 0.0
+        count = 0
+        while count < limit[i] and alive[i, count] * weights[i] > price:
+            values[count] += weights[i] * alive[i, count]
+            active[count] += 1
+            count += 1
+        offered[i] = count
+        alive[i, count:] = 0.0
 
     depth, gain, duration = 0, 0.0, math.inf
     rows, step, stepped = batch + history, 0.0, 0  # `step`: seconds of one of `stepped` sequences

@@ -60,7 +60,7 @@ class UntilInDoubt:
     """A `Stop` for one pass. Every sequence keeps the first token drafted; each further one must have been worth it.
 
     Args:
-        alive: P(what history drafts ahead is accepted), float64 [B].
+        alive: P(what history drafts ahead is accepted), float64 [B]; it is used up.
         following: P(a token is accepted), of which nothing else is known, float64 [B].
         weights: What a token of each sequence is worth, float64 [B].
         limits: Most tokens drafted, int64 [B], falling.
@@ -79,7 +79,7 @@ class UntilInDoubt:
         row: float,
         step: Callable[[int], float],
     ) -> None:
-        self._alive, self._following, self._weights, self._limits = alive.copy(), following, weights, limits
+        self._alive, self._following, self._weights, self._limits = alive, following, weights, limits
         self._acceptance, self._row, self._step = acceptance, row, step
         self._going = limits > 0
         self._steps = 0
