@@ -25,7 +25,7 @@ import numpy as np
 from rollout_spec.policy.acceptance import AcceptanceTracker
 from rollout_spec.policy.arbiter import Arbiter
 from rollout_spec.policy.candidates import Candidate, Round
-from rollout_spec.policy.compiled import further, gain_alone, row_seconds, survey
+from rollout_spec.policy.compiled import catching_up, further, gain_alone, survey
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 from rollout_spec.policy.doubt import Leads, UntilInDoubt
 from rollout_spec.policy.lengths import RemainingLength
@@ -155,12 +155,19 @@ class AutomaticPolicy(SpeculationPolicy):
     def _compile(self) -> None:
         """Have the inner loops compiled now, not in a pass, whose time counts."""
         began, pair = time.perf_counter(), np.ones(2, np.int64)
-        state = StepState(pair, pair, pair, pair, matches=Matches(pair, np.full(2, 0.5)))
-        for matched in (None, pair):
-            survey(pair, pair, pair, pair, matched, self.longest)
-        round = Round(self, state, self.lengths.last_to_finish(pair, pair), pair, pair, 2, 1.0)
-        for arm in self.arbiter.arms[1:]:
-            round.candidate(arm)
+        weights = self.lengths.last_to_finish(pair, pair)
+        self.lengths.delay(pair, pair, 1.0)
+        self._gain_alone(tuple(self.acceptance), self.costs.target(1, 1, 2), 2)
+        for name in self.acceptance:
+            catching_up(self.costs.prices[name], 2, 2)
+        for matches in (None, Matches(pair, np.full(2, 0.5))):
+            state = StepState(pair, pair, pair, pair, matches=matches)
+            survey(pair, pair, pair, pair, None if matches is None else pair, self.longest)
+            round = Round(self, state, weights, pair, pair, 2, 1.0)
+            for arm in self.arbiter.arms[1:] if matches else self.acceptance:
+                chosen = round.candidate(arm)
+                if chosen.drafter is not None:
+                    self._until_in_doubt(round, arm, chosen)
         if (took := time.perf_counter() - began) > 1:
             logger.info(
                 "compiled the policy's inner loops in %.0f s; the code is kept for the next start", took
@@ -274,17 +281,17 @@ class AutomaticPolicy(SpeculationPolicy):
         name, batch, context = chosen.drafter, round.batch, round.context
         matches = round.state.matches
         confidence = None if matches is None else matches.confidence
-        lengths, own, reached, following = further(
-            chosen.draft_lengths, chosen.before, round.room, chosen.alive, confidence, _ROOM
-        )
+        lengths, own, reached, following, row = further(
+            chosen.draft_lengths, chosen.before, round.room, chosen.alive, confidence, _ROOM,
+            self.costs.prices[TARGET], context,
+        )  # fmt: skip
         rate = max(chosen.gain * self.arbiter.correction(arm, batch), 1.0) / round.plain_seconds
-        row = max(row_seconds(self.costs.prices[TARGET], batch, context), 0.0) * rate
 
         def step(drafting: int) -> float:
             return rate * self.costs.draft(name, drafting, context * drafting // batch)
 
         acceptance = self.leads[name].acceptance(self.acceptance[name].mean)
-        return lengths, UntilInDoubt(reached, following, round.weights, own, acceptance, row, step)
+        return lengths, UntilInDoubt(reached, following, round.weights, own, acceptance, row * rate, step)
 
     @property
     def last_gain(self) -> float:

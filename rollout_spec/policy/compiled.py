@@ -76,10 +76,10 @@ def catching_up(drafter: Prices, batch: int, rows: int) -> float:
 
 
 @compiled
-def row_seconds(target: Prices, batch: int, context: int) -> float:
-    """What one more row of a verify pass costs; measured passes may say that it is below 0."""
-    more, fewer = seconds(target, batch, 4 * batch, context), seconds(target, batch, 2 * batch, context)
-    return (more - fewer) / (2 * batch)
+def row_seconds(target: Prices, batch: int, fewer: int, more: int, context: int) -> float:
+    """What one more row of a verify pass costs between two numbers of rows; at least 0, whatever measured passes say."""
+    saved = seconds(target, batch, more, context) - seconds(target, batch, fewer, context)
+    return max(saved / (more - fewer), 0.0)
 
 
 @compiled
@@ -207,7 +207,7 @@ def deepest(
         ahead += catching_up(drafter, batch, history)
     price = -1.0  # of one more token of one sequence, in what a token of weight 1 is worth
     if ragged and batch > 1:
-        row = row_seconds(target, batch, context)
+        row = row_seconds(target, batch, 2 * batch, 4 * batch, context)
         if drafter is not None:
             half = max(batch // 2, 1)
             fewer = seconds(drafter, half, half, context * half // batch)
@@ -255,7 +255,9 @@ def further(
     alive: np.ndarray,
     confidence: np.ndarray | None,
     factor: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    target: Prices,
+    context: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
     """Draft lengths whose part behind history has grown by a factor, as far as there is room.
 
     Args:
@@ -265,10 +267,12 @@ def further(
         alive: P(tokens 1..j behind history accepted), float64 [B, L], see `deepest`.
         confidence: In each of history's, float64.
         factor: At least 1.
+        target: Of verify passes.
+        context: Context tokens of all sequences together.
 
     Returns:
         Those draft lengths, int64; their part behind history, int64; P(all of history's are accepted), float64; P(the
-        first behind them is | they are), float64, 0 where none is drafted.
+        first behind them is | they are), float64, 0 where none is drafted; what a row costs that is added on the way.
     """
     reached, first, own = np.ones(len(lengths)), np.zeros(len(lengths)), lengths - before
     for i in range(len(own)):
@@ -278,7 +282,9 @@ def further(
         if own[i] > 0:
             own[i] = min(factor * own[i], room[i] - before[i])
             first[i] = alive[i, 0] / reached[i]
-    return before + own, own, reached, first
+    longer, fewer = before + own, len(lengths) + lengths.sum()
+    more = max(len(lengths) + longer.sum(), fewer + 1)
+    return longer, own, reached, first, row_seconds(target, len(lengths), fewer, more, context)
 
 
 @compiled

@@ -1,5 +1,8 @@
 """The policy's inner loops, against what they compute written another way."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -135,13 +138,17 @@ def test_a_single_sequence_gains_what_its_best_draft_length_does():
 def test_drafts_grow_behind_history_as_far_as_there_is_room():
     lengths, before, room = np.array([5, 2, 4, 3]), np.array([1, 2, 0, 0]), np.array([16, 16, 6, 3])
     confidence, alive = np.array([0.5, 0.5, 0.9, 0.9]), powers(np.full(4, 0.7), np.full(4, LONGEST), LONGEST)
-    longer, own, reached, first = further(lengths, before, room, alive, None, 2)
+    pass_of = prices(TARGET)
+    longer, own, reached, first, row = further(lengths, before, room, alive, None, 2, pass_of, 800)
     np.testing.assert_array_equal(own, [8, 0, 6, 3])
     np.testing.assert_array_equal(longer, before + own)
     np.testing.assert_array_equal(reached, np.ones(4))
     np.testing.assert_array_equal(first, [0.7, 0.0, 0.7, 0.7])
+    fewer, more = 4 + lengths.sum(), 4 + longer.sum()
+    slope = (TARGET.seconds(4, more, 800) - TARGET.seconds(4, fewer, 800)) / (more - fewer)
+    assert row == pytest.approx(slope)
     put_behind(alive, confidence, before)
-    _, _, reached, first = further(lengths, before, room, alive, confidence, 2)
+    _, _, reached, first, _ = further(lengths, before, room, alive, confidence, 2, pass_of, 800)
     np.testing.assert_allclose(reached, [0.5, 0.25, 1.0, 1.0])
     np.testing.assert_allclose(first, [0.7, 0.0, 0.7, 0.7])
 
@@ -175,3 +182,29 @@ def test_loops_are_compiled_where_no_code_can_be_kept(monkeypatch):
 
     monkeypatch.setattr(compiled, "njit", njit)
     assert compiled.compiled(len) == (len, {"error_model": "numpy"})
+
+
+def test_a_policy_compiles_nothing_more_while_it_decides():
+    """Compiling takes a second or so, which must not fall into a pass."""
+    script = """
+import numpy as np
+from rollout_spec.policy import compiled
+from rollout_spec.policy.automatic import AutomaticPolicy
+from rollout_spec.policy.cost_model import CostModel, PassCost
+from rollout_spec.policy.simulator import simulate
+from rollout_spec.policy.workloads import SYNTHETIC
+
+def signatures():
+    return {n: len(f.signatures) for n, f in vars(compiled).items() if hasattr(f, "signatures")}
+
+costs = CostModel({"target": PassCost(0, 1e-4, 1e-2, 1e-4, 0), "nf4": PassCost(0, 1e-4, 3e-3, 1e-4, 0)})
+policy = AutomaticPolicy(costs)
+compiled_by_then = signatures()
+modes = set()
+for workload in ("long_tail", "repeating"):
+    trace = simulate(SYNTHETIC[workload](12), policy, costs)
+    modes |= {step.mode for step in trace.steps}
+assert {"plain", "nf4", "history"} <= modes, modes
+assert signatures() == compiled_by_then, {n: (k, compiled_by_then[n]) for n, k in signatures().items()}
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
