@@ -281,7 +281,7 @@ class AutomaticPolicy(SpeculationPolicy):
         name, batch, context = chosen.drafter, round.batch, round.context
         matches = round.state.matches
         confidence = None if matches is None else matches.confidence
-        lengths, own, reached, following, row = further(
+        lengths, own, reached, following, near, far = further(
             chosen.draft_lengths, chosen.before, round.room, chosen.alive, confidence, _ROOM,
             self.costs.prices[TARGET], context,
         )  # fmt: skip
@@ -291,7 +291,10 @@ class AutomaticPolicy(SpeculationPolicy):
             return rate * self.costs.draft(name, drafting, context * drafting // batch)
 
         acceptance = self.leads[name].acceptance(self.acceptance[name].mean)
-        return lengths, UntilInDoubt(reached, following, round.weights, own, acceptance, row * rate, step)
+        planned = chosen.draft_lengths - chosen.before
+        return lengths, UntilInDoubt(
+            reached, following, round.weights, own, planned, acceptance, (near * rate, far * rate), step
+        )
 
     @property
     def last_gain(self) -> float:

@@ -257,7 +257,7 @@ def further(
     factor: int,
     target: Prices,
     context: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float, float]:
     """Draft lengths whose part behind history has grown by a factor, as far as there is room.
 
     Args:
@@ -272,7 +272,7 @@ def further(
 
     Returns:
         Those draft lengths, int64; their part behind history, int64; P(all of history's are accepted), float64; P(the
-        first behind them is | they are), float64, 0 where none is drafted; what a row costs that is added on the way.
+        first behind them is | they are), float64, 0 where none is drafted; what a row costs up to `lengths`, and beyond.
     """
     reached, first, own = np.ones(len(lengths)), np.zeros(len(lengths)), lengths - before
     for i in range(len(own)):
@@ -282,9 +282,11 @@ def further(
         if own[i] > 0:
             own[i] = min(factor * own[i], room[i] - before[i])
             first[i] = alive[i, 0] / reached[i]
-    longer, fewer = before + own, len(lengths) + lengths.sum()
-    more = max(len(lengths) + longer.sum(), fewer + 1)
-    return longer, own, reached, first, row_seconds(target, len(lengths), fewer, more, context)
+    longer, batch = before + own, len(lengths)
+    least, planned, most = batch + before.sum(), batch + lengths.sum(), batch + longer.sum()
+    near = row_seconds(target, batch, least, max(planned, least + 1), context)
+    far = row_seconds(target, batch, planned, max(most, planned + 1), context)
+    return longer, own, reached, first, near, far
 
 
 @compiled

@@ -6,7 +6,8 @@ often tokens are accepted by how sure the drafter was of them. With that, `Until
     w_i * P(all so far accepted) * P(the next accepted)  >  gain / t(B) * seconds of that token,
 
 the rule by which the draft lengths were chosen (`compiled.deepest`), with what is known by then. A drafting step reads the
-drafter's weights for all sequences at once, so it must be worth its time to those that go on together.
+drafter's weights for all sequences at once, so it must be worth its time to those that go on together. A row to verify
+costs the more, the more there are: up to the lengths that were chosen it is priced by what all of those cost.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class UntilInDoubt:
         following: P(a token is accepted), of which nothing else is known, float64 [B].
         weights: What a token of each sequence is worth, float64 [B].
         limits: Most tokens drafted, int64 [B], falling.
+        planned: Tokens drafted if nothing were known but their usual acceptance, int64 [B], at most `limits`.
         acceptance: By class of leads, see `Leads`.
-        row: What one more token of one sequence costs wherever it is drafted, in worth.
+        rows: What one more token of one sequence costs wherever it is drafted, in worth: as far as planned, and beyond.
         step: What a drafting step over so many sequences costs besides, in worth.
     """
 
@@ -75,12 +77,13 @@ class UntilInDoubt:
         following: np.ndarray,
         weights: np.ndarray,
         limits: np.ndarray,
+        planned: np.ndarray,
         acceptance: np.ndarray,
-        row: float,
+        rows: tuple[float, float],
         step: Callable[[int], float],
     ) -> None:
         self._alive, self._following, self._weights, self._limits = alive, following, weights, limits
-        self._acceptance, self._row, self._step = acceptance, row, step
+        self._planned, self._acceptance, self._rows, self._step = planned, acceptance, rows, step
         self._going = limits > 0
         self._steps = 0
         self.lengths = np.zeros(len(limits), np.int64)
@@ -92,11 +95,12 @@ class UntilInDoubt:
         self.lengths[:count] += going
         alive *= self._acceptance[classes_of(leads)]
         worth = self._weights[:count] * alive * self._following[:count]
-        going &= (self._limits[:count] > self._steps) & (worth > self._row)
+        worth -= np.where(self._planned[:count] > self._steps, *self._rows)
+        going &= (self._limits[:count] > self._steps) & (worth > 0)
         drafting = int(np.count_nonzero(self._limits > self._steps))  # the step runs for all that might
-        together = float(worth[going].sum()) - self._row * np.count_nonzero(going)
-        return bool(going.any() and together > self._step(drafting))
+        return bool(going.any() and worth[going].sum() > self._step(drafting))
 
     def take(self, index: np.ndarray, limits: np.ndarray) -> UntilInDoubt:
         alive, following, weights = (x[index] for x in (self._alive, self._following, self._weights))
-        return UntilInDoubt(alive, following, weights, limits, self._acceptance, self._row, self._step)
+        planned, known = np.minimum(self._planned[index], limits), (self._acceptance, self._rows, self._step)
+        return UntilInDoubt(alive, following, weights, limits, planned, *known)

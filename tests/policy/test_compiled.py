@@ -139,16 +139,18 @@ def test_drafts_grow_behind_history_as_far_as_there_is_room():
     lengths, before, room = np.array([5, 2, 4, 3]), np.array([1, 2, 0, 0]), np.array([16, 16, 6, 3])
     confidence, alive = np.array([0.5, 0.5, 0.9, 0.9]), powers(np.full(4, 0.7), np.full(4, LONGEST), LONGEST)
     pass_of = prices(TARGET)
-    longer, own, reached, first, row = further(lengths, before, room, alive, None, 2, pass_of, 800)
+    longer, own, reached, first, near, far = further(lengths, before, room, alive, None, 2, pass_of, 800)
     np.testing.assert_array_equal(own, [8, 0, 6, 3])
     np.testing.assert_array_equal(longer, before + own)
     np.testing.assert_array_equal(reached, np.ones(4))
     np.testing.assert_array_equal(first, [0.7, 0.0, 0.7, 0.7])
-    fewer, more = 4 + lengths.sum(), 4 + longer.sum()
-    slope = (TARGET.seconds(4, more, 800) - TARGET.seconds(4, fewer, 800)) / (more - fewer)
-    assert row == pytest.approx(slope)
+    least, planned, most = (4 + x.sum() for x in (before, lengths, longer))
+    for found, fewer, more in ((near, least, planned), (far, planned, most)):
+        slope = (TARGET.seconds(4, more, 800) - TARGET.seconds(4, fewer, 800)) / (more - fewer)
+        assert found == pytest.approx(slope)
+    assert far > near > 0
     put_behind(alive, confidence, before)
-    _, _, reached, first, _ = further(lengths, before, room, alive, confidence, 2, pass_of, 800)
+    _, _, reached, first, _, _ = further(lengths, before, room, alive, confidence, 2, pass_of, 800)
     np.testing.assert_allclose(reached, [0.5, 0.25, 1.0, 1.0])
     np.testing.assert_allclose(first, [0.7, 0.0, 0.7, 0.7])
 

@@ -54,12 +54,12 @@ def test_a_lead_that_is_no_number_counts_as_none():
 
 
 def stop(
-    alive=(1.0, 1.0), following=(0.9, 0.9), weights=(0.5, 0.5), limits=(6, 6), torn=0.5, sure=1.0,
-    row=0.02, step=lambda drafting: 0.3,
+    alive=(1.0, 1.0), following=(0.9, 0.9), weights=(0.5, 0.5), limits=(6, 6), planned=(6, 6), torn=0.5, sure=1.0,
+    near=0.02, far=0.02, step=lambda drafting: 0.3,
 ):  # fmt: skip
     acceptance = np.where(np.arange(13) == 0, torn, sure)
-    arrays = (np.array(alive), np.array(following), np.array(weights), np.array(limits))
-    return UntilInDoubt(*arrays, acceptance, row, step)
+    arrays = (np.array(x) for x in (alive, following, weights, limits, planned))
+    return UntilInDoubt(*arrays, acceptance, (near, far), step)
 
 
 def test_the_sure_go_on_to_their_limit():
@@ -78,8 +78,18 @@ def test_a_step_must_be_worth_it_to_those_that_go_on_together():
     assert stop(step=lambda drafting: 0.1 * drafting).more(np.array([SURE, SURE]))
 
 
+def test_beyond_what_was_planned_a_row_has_another_price():
+    made = stop(planned=(2, 1), far=1.0)
+    assert made.more(np.array([SURE, SURE]))  # 0.45 - 0.02 of 0.3; the second is done
+    assert not made.more(np.array([SURE, SURE]))
+    assert made.lengths.tolist() == [2, 1]
+    made = stop(planned=(2, 1), far=1.0).take(np.array([1, 0]), np.array([6, 6]))
+    assert made.more(np.array([SURE, SURE])) and made.lengths.tolist() == [1, 1]
+    assert not made.more(np.array([SURE, SURE])) and made.lengths.tolist() == [1, 2]
+
+
 def test_a_sequence_in_doubt_stops_while_the_others_go_on():
-    made = stop(torn=0.02, row=0.05)
+    made = stop(torn=0.02, near=0.05)
     assert made.more(np.array([SURE, TORN])) and made.more(np.array([SURE, SURE]))
     assert made.lengths.tolist() == [2, 1]
 
