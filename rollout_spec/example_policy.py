@@ -39,8 +39,8 @@ def load_problems() -> ModuleType:
     return module
 
 
-def expanded_policy(size: str, vocab: int = 32000) -> Path:
-    """The shipped policy grown to `size` with a padded vocabulary; made once and kept in the cache.
+def expanded_policy(size: str, vocab: int = 32000, device: str = "cpu") -> Path:
+    """The shipped policy grown to `size` with a padded vocabulary, on `device`; made once and kept in the cache.
 
     The cache is $ROLLOUT_SPEC_CACHE, else ~/.cache/rollout-spec.
     """
@@ -61,6 +61,7 @@ def expanded_policy(size: str, vocab: int = 32000) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         made = Path(scratch) / "policy"
         options = ["--size", size, "--vocab", str(vocab), "--policy", str(policy), "--out", str(made)]
+        options += ["--device", device]
         run = subprocess.run(
             [sys.executable, str(script), *options], capture_output=True, text=True, check=False
         )

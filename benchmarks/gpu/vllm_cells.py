@@ -30,9 +30,12 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the cells look i
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 NEAR_TIE = 1e-4  # nats between the two best tokens
+KIND = "int4"
 LONGEST, SAMPLES, SIGNIFICANT = 4, 3000, 1e-4
 KV_BYTES = 256 << 20
-MINUTES = 4.0
+QUICK = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}  # graphs without compilation
+MINUTES, TIMING_MINUTES = 4.0, 9.0
+VOCABULARY = 152_064  # of the policy grown to 7B, as Qwen2.5's
 
 
 class Engine:
@@ -46,7 +49,7 @@ class Engine:
 
         given = {"model": path} if speculation is None else llm_arguments(path, speculation)
         defaults = {
-            "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 64, "seed": 0,
+            "dtype": "float32", "compilation_config": QUICK, "max_model_len": 512, "max_num_seqs": 64, "seed": 0,
             "kv_cache_memory_bytes": KV_BYTES, "enable_prefix_caching": False, "disable_log_stats": False,
             "skip_tokenizer_init": True,
         }  # fmt: skip
@@ -118,7 +121,7 @@ def exact(part: Any, runner: str) -> None:
     from rollout_spec.policy.baselines import Fixed, Off, RandomLengths
 
     path, prompts = _policy()
-    stock, ours = Engine(path), Engine(path, {"drafter": "nf4", "longest_draft": LONGEST})
+    stock, ours = Engine(path), Engine(path, {"drafter": KIND, "longest_draft": LONGEST})
     _about(part, ours, runner)
     blocks = [engine.config.cache_config.num_gpu_blocks for engine in (stock, ours)]
     part.check("the drafter takes no KV blocks", blocks, "equal", blocks[0] == blocks[1])
@@ -217,7 +220,7 @@ def graphs(part: Any, runner: str) -> None:
     """As users start it: bf16, graphs, the automatic policy, chunked prefill and prefix caching."""
     path, prompts = _policy()
     engine = Engine(
-        path, {"drafter": "nf4"}, dtype="bfloat16", enforce_eager=False, enable_prefix_caching=True, max_num_batched_tokens=256,
+        path, {"drafter": KIND}, dtype="bfloat16", compilation_config={}, enable_prefix_caching=True, max_num_batched_tokens=256,
         max_num_seqs=16,
     )  # fmt: skip
     _about(part, engine, runner)
@@ -260,7 +263,7 @@ def weights(part: Any, runner: str) -> None:
         for name, folder in (("first", path), ("second", other))
     }
     ours = Engine(
-        path, {"drafter": "nf4", "longest_draft": LONGEST}, enable_sleep_mode=torch.cuda.is_available()
+        path, {"drafter": KIND, "longest_draft": LONGEST}, enable_sleep_mode=torch.cuda.is_available()
     )
     _about(part, ours, runner)
 
@@ -314,17 +317,99 @@ def weights(part: Any, runner: str) -> None:
 
 
 def timing(part: Any, runner: str) -> None:
-    """Plain vLLM against vLLM with the plugin, bf16 and graphs, on the expanded policy: `rollout-spec bench vllm`."""
+    """Plain vLLM against vLLM with the plugin, bf16 and graphs, on the policy grown to 7B: `rollout-spec bench vllm`."""
+    import torch
     from rich.console import Console
 
     from rollout_spec.benchmarks.vllm import VllmBenchmark
     from rollout_spec.example_policy import expanded_policy
 
-    bench = VllmBenchmark(expanded_policy("300m"), 7, 0, Console())
-    with part.attempt("never slower"):
-        bench.never_slower()
-        bench.finish()
-    part.keep(ratios=bench.ratios, notes=bench.notes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    began = time.monotonic()
+    bench = VllmBenchmark(expanded_policy("7b", VOCABULARY, device), 7, 0, Console(width=160))
+    part.keep(expanding_seconds=round(time.monotonic() - began, 1), drafter=bench.drafter)
+    for name, measure in (
+        ("never slower", bench.never_slower),
+        ("a long tail of 64", lambda: bench.long_tail(64, alternatives=False)),
+    ):
+        with part.attempt(name):
+            measure()
+            bench.finish()
+        part.keep(ratios=bench.ratios, notes=bench.notes)
+    engine = bench.engine("plugin").llm_engine
+    _kept_graphs(part, engine)
+
+
+def _kept_graphs(part: Any, core: Any) -> None:
+    """How many graphs of draft steps there are, and what the plugin believes that steps cost."""
+    from rollout_spec.integrations.vllm import compat_worker
+
+    drafter = compat_worker.drafter_of(compat_worker.model_runner(core))
+    graphs = getattr(drafter, "graphs", None)
+    policy = compat_worker.scheduler(core).decisions.policy
+    part.keep(
+        draft_graphs=None if graphs is None else len(graphs.graphs),
+        forwards=getattr(drafter, "forwards", None),
+        timings=[str(x) for x in getattr(policy, "timings", ())],
+    )
+
+
+def linears(part: Any, runner: str) -> None:
+    """One layer of a 7B model in each kind of quantized linear: error against float32, time against bf16."""
+    import torch
+
+    from rollout_spec.drafters.quantize import get_quantizer
+    from rollout_spec.drafters.quantizers.base import relative_error
+    from rollout_spec.integrations.vllm.quantized_layers import quantizer_for
+
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    shapes = ((4608, 3584), (3584, 3584), (2 * 18944, 3584), (3584, 18944))
+    weights = [torch.randn(*shape, device=device, dtype=dtype) * 0.02 for shape in shapes]
+    makers = {
+        "marlin int4": lambda w: quantizer_for("int4", device, dtype).quantize(w),
+        "torch int4": lambda w: get_quantizer("int4", device, dtype).quantize(w),
+        "nf4": lambda w: get_quantizer("nf4", device, dtype).quantize(w),
+        "int8": lambda w: get_quantizer("int8", device, dtype).quantize(w),
+        "bf16": lambda w: lambda x: x @ w.t(),
+    }
+    for name, make in makers.items():
+        with part.attempt(name):
+            layers = [make(weight) for weight in weights]
+            for weight, layer in zip(weights, layers, strict=True):
+                x = torch.randn(5, weight.shape[1], device=device, dtype=dtype)
+                error = relative_error(layer(x), x.float() @ weight.float().t())
+                most = {"bf16": 0.01, "int8": 0.02}.get(name, 0.12)
+                part.check(f"{name} {list(weight.shape)}", f"{error:.4f}", f"at most {most}", error <= most)
+            for rows in (1, 4, 8, 16, 32, 64, 128):
+                inputs = [torch.randn(rows, w.shape[1], device=device, dtype=dtype) for w in weights]
+                part.figure(f"{name}, {rows} rows", _microseconds(layers, inputs), "us")
+            began = time.perf_counter()
+            layers = [make(weight) for weight in weights]
+            torch.cuda.synchronize()
+            part.figure(f"{name}, quantizing", 1e3 * (time.perf_counter() - began), "ms")
+
+
+def _microseconds(layers: Sequence[Any], inputs: Sequence[Any]) -> Any:
+    """Of one pass through the layers, on a graph; they are larger together than the GPU's cache."""
+    import torch
+    from figures import Measured
+
+    for layer, x in zip(layers, inputs, strict=True):
+        layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer, x in zip(layers, inputs, strict=True):
+            layer(x)
+    times = []
+    for _ in range(7):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(100 * start.elapsed_time(end))
+    return Measured.of(times)
 
 
 CELLS: dict[str, Callable[[Any, str], None]] = {
@@ -332,8 +417,9 @@ CELLS: dict[str, Callable[[Any, str], None]] = {
     "graphs": graphs,
     "weights": weights,
     "timing": timing,
+    "linears": linears,
 }
-ALL = [f"{name}-{runner}" for name in CELLS for runner in ("v2", "v1")]
+ALL = [f"{name}-{runner}" for name in CELLS for runner in ("v2", "v1")][:-1]  # linears know no runner
 
 
 def run_cell(cell: str, out: Path) -> int:
@@ -352,7 +438,7 @@ def run_cell(cell: str, out: Path) -> int:
         "samples": SAMPLES,
     }
     record = Record(ReportFile(out / f"vllm-{cell}.json", "gpu-vllm", level, 0), about, {}, level.value)
-    part = Part(record, cell, time.monotonic() + 60 * MINUTES)
+    part = Part(record, cell, time.monotonic() + 60 * TIMING_MINUTES)
     began, status = time.monotonic(), "done"
     try:
         CELLS[name](part, runner)
@@ -375,12 +461,12 @@ def main() -> int:
         parser.error(f"--cells: unknown {', '.join(sorted(unknown))}; use some of {', '.join(ALL)}")
     if options.here:
         return run_cell(cells[0], out)
-    together = [cell for cell in cells if not cell.startswith("timing")]
-    alone = [cell for cell in cells if cell.startswith("timing")]
+    alone = [cell for cell in cells if cell.startswith(("timing", "linears"))]
+    together = [cell for cell in cells if cell not in alone]
     codes: dict[str, int] = {}
-    for group in (together, *([cell] for cell in alone)):
+    for group in filter(None, (together, *([cell] for cell in alone))):
         running = {cell: _start(cell, out) for cell in group}
-        end = time.monotonic() + 60 * MINUTES
+        end = time.monotonic() + 60 * (TIMING_MINUTES if group[0] in alone else MINUTES)
         for cell, process in running.items():
             codes[cell] = _wait(process, end - time.monotonic())
         for cell in running:

@@ -52,6 +52,7 @@ class Shape:
 SIZES = {
     "100m": Shape(hidden=640, layers=12, heads=10, kv_heads=5, intermediate=1792),  # 97 M parameters
     "300m": Shape(hidden=1024, layers=24, heads=16, kv_heads=4, intermediate=2560),  # 317 M parameters
+    "7b": Shape(hidden=3584, layers=28, heads=56, kv_heads=8, intermediate=18944),  # 6.8 B; for a GPU
 }
 
 
@@ -80,7 +81,7 @@ class Expansion:
 
     def __init__(self, config: Qwen3Config, shape: Shape, seed: int):
         self.config, self.shape = config, shape
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         self.rng = random.Random(seed)
         self.P_dD = self.rotation(shape.hidden)[: config.hidden_size]
         self.scale = math.sqrt(shape.hidden / config.hidden_size)
@@ -166,8 +167,8 @@ def unlikely_direction(model: Qwen3ForCausalLM, seed: int) -> torch.Tensor:
         ids = torch.tensor([list((problem.prompt + solve(problem, rng)).encode("ascii"))])
         states.append(model.model(input_ids=ids, use_cache=False).last_hidden_state[0])
     states_Nd = torch.cat(states).double()
-    target_N1 = torch.full((len(states_Nd), 1), PAD_LOGIT, dtype=torch.float64)
-    return torch.linalg.lstsq(states_Nd, target_N1).solution[:, 0].float()
+    target_N1 = torch.full((len(states_Nd), 1), PAD_LOGIT, dtype=torch.float64, device="cpu")
+    return torch.linalg.lstsq(states_Nd.cpu(), target_N1).solution[:, 0].to(states_Nd.device, torch.float32)
 
 
 def layer_weights(model: Qwen3ForCausalLM, index: int) -> dict[str, torch.Tensor]:
@@ -176,36 +177,43 @@ def layer_weights(model: Qwen3ForCausalLM, index: int) -> dict[str, torch.Tensor
 
 
 def expand(
-    policy_dir: Path | str, out_dir: Path | str, size: str | Shape, seed: int = 0, dtype: str = "bf16"
+    policy_dir: Path | str,
+    out_dir: Path | str,
+    size: str | Shape,
+    seed: int = 0,
+    dtype: str = "bf16",
+    device: str = "cpu",
 ) -> int:
     """Write the larger checkpoint and a copy of the tokenizer to `out_dir`; returns its number of parameters.
 
     `size` is a key of SIZES or a Shape, `dtype` a key of DTYPES. In fp32 the log-probabilities of the real
-    vocabulary agree with the policy's to about 1e-4; bf16 adds the rounding of the weights.
+    vocabulary agree with the policy's to about 1e-4; bf16 adds the rounding of the weights. It is computed on `device`,
+    whose random numbers are its own.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; use one of {sorted(DTYPES)}")
     if isinstance(size, str) and size not in SIZES:
         raise ValueError(f"size is {size!r}; use one of {sorted(SIZES)} or a Shape")
     shape = SIZES[size] if isinstance(size, str) else size
-    model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(policy_dir, dtype=torch.float32).to(device).eval()
     config = model.config
     check(shape, config)
-    work = Expansion(config, shape, seed)
     tensors = {}
 
     def put(name: str, weight: torch.Tensor) -> None:
-        tensors[f"{name}.weight"] = weight.to(DTYPES[dtype], copy=True).contiguous()
+        tensors[f"{name}.weight"] = weight.to("cpu", DTYPES[dtype], copy=True).contiguous()
 
-    norm = model.model.norm.weight.data
-    put("model.embed_tokens", work.embedding(model.model.embed_tokens.weight.data))
-    put("lm_head", work.head(model.lm_head.weight.data, norm, unlikely_direction(model, seed)))
-    put("model.norm", torch.ones(shape.hidden))
-    for index in range(shape.layers):
-        old = index * config.num_hidden_layers // shape.layers
-        last = (index + 1) * config.num_hidden_layers // shape.layers
-        for name, weight in work.layer(layer_weights(model, old), trained=last > old).items():
-            put(f"model.layers.{index}.{name}", weight)
+    with torch.device(device):
+        work = Expansion(config, shape, seed)
+        norm = model.model.norm.weight.data
+        put("model.embed_tokens", work.embedding(model.model.embed_tokens.weight.data))
+        put("lm_head", work.head(model.lm_head.weight.data, norm, unlikely_direction(model, seed)))
+        put("model.norm", torch.ones(shape.hidden))
+        for index in range(shape.layers):
+            old = index * config.num_hidden_layers // shape.layers
+            last = (index + 1) * config.num_hidden_layers // shape.layers
+            for name, weight in work.layer(layer_weights(model, old), trained=last > old).items():
+                put(f"model.layers.{index}.{name}", weight)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
@@ -241,9 +249,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocab", type=int, default=32000, help="padded vocabulary, a multiple of 64")
+    parser.add_argument("--device", default="cpu", help="where to compute it, such as cuda")
     args = parser.parse_args()
     shape = dataclasses.replace(SIZES[args.size], vocab=args.vocab)
-    count = expand(args.policy, args.out, shape, args.seed, args.dtype)
+    count = expand(args.policy, args.out, shape, args.seed, args.dtype, args.device)
     print(f"{args.size} in {args.dtype}: {count / 1e6:.1f} M parameters in {args.out}")
 
 

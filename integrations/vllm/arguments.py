@@ -66,7 +66,7 @@ def serve_flags(model: str, speculation: Mapping[str, Any] | None = None) -> lis
 def available_kind(cpu_dtype: torch.dtype = torch.bfloat16) -> str:
     """The kind of drafter that `drafter="auto"` means on this machine; `cpu_dtype` is the target's, if that is a CPU."""
     if torch.cuda.is_available():  # no trial there: it would open the device in vLLM's front end
-        return "nf4"
+        return "int4"
     return usual_quantizer("cpu", cpu_dtype)
 
 

@@ -7,6 +7,8 @@ which captured graphs hold.
 
 from __future__ import annotations
 
+import functools
+import logging
 import weakref
 from typing import Any
 
@@ -23,7 +25,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from rollout_spec.drafters.quantize import QuantizedLinear, get_quantizer
+from rollout_spec.drafters.quantize import QuantizedLinear, Quantizer, get_quantizer
+from rollout_spec.integrations.vllm.marlin import MarlinQuantizer
+
+logger = logging.getLogger("rollout_spec")
 
 
 def method_for(kind: str, layer: Any, prefix: str, quantize_lm_head: bool) -> QuantizeMethodBase | None:
@@ -91,9 +96,20 @@ class EmbeddingMethod(UnquantizedEmbeddingMethod):
             quantize(head, head.quant_method.kind, layer.weight)
 
 
+@functools.cache
+def quantizer_for(kind: str, device: torch.device, dtype: torch.dtype) -> Quantizer:
+    """`kind` as this project has it, but int4 on a GPU by vLLM's Marlin kernel, where that runs."""
+    if kind == MarlinQuantizer.name and device.type == "cuda":
+        reason = MarlinQuantizer().unavailable(device, dtype)
+        if reason is None:
+            return MarlinQuantizer()
+        logger.warning("int4 linears run on PyTorch's kernel, slow from a few rows on; Marlin's %s", reason)
+    return get_quantizer(kind, device, dtype)
+
+
 def quantize(layer: Any, kind: str, weight: Tensor) -> None:
     """Give `layer` a quantized copy of `weight` [N, K], its shard under tensor parallelism."""
-    made = get_quantizer(kind, weight.device, weight.dtype).quantize(weight.detach(), None)
+    made = quantizer_for(kind, weight.device, weight.dtype).quantize(weight.detach(), None)
     held: QuantizedLinear | None = getattr(layer, "quantized", None)
     if held is None or weight.device.type == "cpu":
         layer.quantized = made

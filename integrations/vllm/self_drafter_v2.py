@@ -5,6 +5,10 @@ over vLLM's own base classes with stand-ins for the runner's inputs, and the con
 against released sources. What it writes, and why that is safe, is told in `self_drafter.py`; here nothing is read
 back to the host, so every request that must not draft in this step gets the index -1, for which vLLM's kernels write no
 keys, no values and no draft probabilities.
+
+A draft step reads its inputs from buffers and leaves the next one's there, so a CUDA graph of one step per batch size
+serves every K: it is replayed K times. Where the target has no full graphs, or attention cannot be told of the next
+step inside a graph, steps run eagerly.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ from rollout_spec.integrations.vllm.refusals import check_layers
 
 try:
     from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator as Stock
-except ImportError:  # its name before 0.32
+    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
+except ImportError:  # before 0.32, where drafting on this runner is refused
     from vllm.v1.worker.gpu.spec_decode.draft_model.speculator import PlainDraftModelSpeculator as Stock
 
 logger = logging.getLogger("rollout_spec")
@@ -40,6 +45,7 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
 
     Attributes:
         forwards: Drafter forwards run so far.
+        graphs: Graphs of a draft step by batch size; None before the KV cache is known, and where there are none.
         set_aside: Why the drafter is not run any more, or None.
     """
 
@@ -48,6 +54,7 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.forwards = 0
+        self.graphs: Any = None
         self.set_aside: str | None = None
         self._targets: dict[str, str] = {}
         # Ranks that stop at different steps would wait for each other.
@@ -82,6 +89,37 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
             joined.layer_names = [*group.layer_names, *drafters]
             shared.kv_cache_groups.append(joined)
         super().set_attn(model_state, shared, block_tables, target_input_buffers, target_attn_groups)
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Plan one graph per batch size that the target decodes on a full graph."""
+        self.graphs = None
+        if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
+            return
+        if not self.supports_decode_metadata_update:
+            logger.warning(
+                "the self-drafter runs without CUDA graphs: this attention backend cannot be told of the next step "
+                "inside a graph; FLASH_ATTN and TRITON_ATTN can"
+            )
+            return
+        self.graphs = SpeculatorCudaGraphManager(
+            self.vllm_config, self.device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1
+        )
+
+    def capture(self) -> None:
+        """Capture the graphs; what runs meanwhile writes nothing."""
+        if self.graphs is None:
+            return
+        self._bind()
+        self.idx_mapping.fill_(-1)
+        self.graphs.capture(
+            self._step_to_capture,
+            self.model_state,
+            self.input_buffers,
+            self.block_tables,
+            self.attn_groups,
+            self.kv_cache_config,
+            progress_bar_desc="Capturing draft steps",
+        )
 
     @torch.inference_mode()
     def propose(
@@ -149,66 +187,107 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
         skip_attn: bool,
     ) -> None:
         """Draft `count` tokens after `tokens` [B] at `position` [B] of the requests that are `drafting` [B]."""
-        batch = input_batch.num_reqs
+        batch, buffers = input_batch.num_reqs, self.input_buffers
+        graph = None
         if not skip_attn:
             self._bind()
+            graph = self._graph(batch)
+        rows = batch if graph is None else graph.num_reqs  # those behind the batch have the index -1
         longest = int(input_batch.seq_lens_cpu_upper_bound[:batch].max())
         self.draft_max_seq_len = min(longest + count, self.max_model_len)
-        self.input_buffers.query_start_loc[: batch + 1].copy_(self.arange_gpu[: batch + 1])
-        tokens = torch.where(drafting, tokens, 0)
+        drafting = drafting & (position < self.max_model_len)
+        self.idx_mapping[:batch] = torch.where(drafting, slots, -1)
+        buffers.input_ids[:rows] = 0
+        buffers.input_ids[:batch] = torch.where(drafting, tokens, 0)
+        buffers.positions[:rows] = 0
+        buffers.positions[:batch] = torch.where(drafting, position, 0)
+        buffers.seq_lens[:rows] = buffers.positions[:rows] + 1
+        buffers.query_start_loc[: rows + 1].copy_(self.arange_gpu[: rows + 1])
+        self.current_draft_step.zero_()
         for step in range(count):
-            drafting = drafting & (position < self.max_model_len)
-            self.idx_mapping[:batch] = torch.where(drafting, slots, -1)
-            self.input_buffers.input_ids[:batch] = tokens
-            self.input_buffers.positions[:batch] = torch.where(drafting, position, 0)
-            self.input_buffers.seq_lens[:batch] = self.input_buffers.positions[:batch] + 1
-            hidden = self._forward(input_batch, batch, step, skip_attn)
-            self.current_draft_step.fill_(step)
-            sampled = self.sample_draft(
-                hidden[:batch],
-                self.input_buffers.positions[:batch],
-                self.idx_mapping[:batch],
-                self.temperature,
-                self.seeds,
-                self.current_draft_step,
-                self.draft_logits,
-            )
-            tokens = torch.where(drafting, sampled, 0)  # of index -1 it is whatever memory held
-            self.draft_tokens[:batch, step] = tokens
-            position = position + 1
+            self.forwards += 1
+            if graph is not None:
+                self.graphs.run_fullgraph(graph)
+            elif skip_attn:
+                self._step(batch, None, None)
+            else:
+                self._step(batch, *self._attention(input_batch, batch, step))
 
-    def _forward(self, input_batch: Any, batch: int, step: int, skip_attn: bool) -> Tensor:
-        metadata = mapping = None
-        buffers = self.input_buffers
-        if not skip_attn:
-            slot_mappings = self.block_tables.compute_slot_mappings(
-                self.idx_mapping[:batch],
-                buffers.query_start_loc[: batch + 1],
-                buffers.positions[:batch],
-                batch,
-            )
-            mapping = build_slot_mappings_by_layer(slot_mappings, self.kv_cache_config)
-            metadata = self._build_uniform_attn_metadata(
-                batch_desc=BatchExecutionDescriptor(
-                    cg_mode=CUDAGraphMode.NONE, num_tokens=batch, num_reqs=batch, uniform_token_count=1
-                ),
-                num_reqs=batch,
-                num_query_per_req=1,
-                seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
-                step=step + 1,
-            )
-        self.forwards += 1
-        hidden: Tensor = self._run_model(
-            buffers.input_ids[:batch], buffers.positions[:batch], metadata, mapping, None
+    def _step(self, rows: int, metadata: Any, mapping: Any) -> None:
+        """One draft step of the first `rows` rows, from the buffers; they hold the next step's inputs after it.
+
+        A row that reaches the longest sequence there may be drafts no further.
+        """
+        buffers, slots = self.input_buffers, self.idx_mapping[:rows]
+        positions = buffers.positions[:rows]
+        if metadata is not None:
+            ends = buffers.query_start_loc[: rows + 1]
+            self.block_tables.compute_slot_mappings(slots, ends, positions, rows)
+        hidden = self._run_model(buffers.input_ids[:rows], positions, metadata, mapping, None)
+        sampled = self.sample_draft(
+            hidden[:rows],
+            positions,
+            slots,
+            self.temperature,
+            self.seeds,
+            self.current_draft_step,
+            self.draft_logits,
         )
-        return hidden
+        tokens = torch.where(slots >= 0, sampled, 0)  # of index -1 it is whatever memory held
+        drafts = self.draft_tokens[:rows]
+        drafts.index_copy_(1, self.current_draft_step.view(1), tokens[:, None].to(drafts.dtype))
+        positions += 1
+        slots.masked_fill_(positions >= self.max_model_len, -1)
+        positions.masked_fill_(slots < 0, 0)
+        buffers.input_ids[:rows] = tokens
+        buffers.seq_lens[:rows] = positions + 1
+        self.current_draft_step += 1
+
+    def _step_to_capture(
+        self, rows: int, tokens: int, metadata: Any, mapping: Any, *unused: Any, **options: Any
+    ) -> None:
+        """A draft step that tells attention itself where its rows stand, as a graph has to."""
+        if not torch.cuda.is_current_stream_capturing():  # a warm-up
+            self.current_draft_step.zero_()
+        self._update_draft_decode_metadata(metadata, rows)
+        self._step(rows, metadata, mapping)
+
+    def _graph(self, batch: int) -> Any:
+        """The captured step for `batch` rows, or more; None if there is none."""
+        if self.graphs is None:
+            return None
+        found = self.graphs.dispatch(batch, batch, uniform_token_count=1, num_active_loras=0)
+        if found.cg_mode != CUDAGraphMode.FULL:
+            return None
+        for groups in self.attn_groups:
+            for group in groups:
+                group.map_to_kernel_block_table(self.block_tables.input_block_tables[group.kv_cache_group_id])
+        return found
+
+    def _attention(self, input_batch: Any, batch: int, step: int) -> tuple[Any, Any]:
+        """Metadata and KV slots by layer of an eager step."""
+        metadata = self._build_uniform_attn_metadata(
+            batch_desc=BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.NONE, num_tokens=batch, num_reqs=batch, uniform_token_count=1
+            ),
+            num_reqs=batch,
+            num_query_per_req=1,
+            seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
+            step=step + 1,
+        )
+        slots = self.block_tables.slot_mappings[:, :batch]  # `_step` writes them before they are read
+        return metadata, build_slot_mappings_by_layer(slots, self.kv_cache_config)
 
     def _bind(self) -> None:
         """Let the drafter's layers hold the target's cache, also after the runner allocated it anew."""
         layers = self.vllm_config.compilation_config.static_forward_context
+        moved = False
         for name, target in self._targets.items():
             if layers[name].kv_cache is not layers[target].kv_cache:
                 layers[name].bind_kv_cache(layers[target].kv_cache)
+                moved = True
+        if moved and self.graphs is not None:
+            self.graphs.release_graphs()  # they hold the old cache
 
 
 def _finite(logits: Tensor) -> Tensor:

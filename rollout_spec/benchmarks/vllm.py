@@ -20,11 +20,13 @@ from rollout_spec.observe.machine import cpu_model
 from rollout_spec.policy.baselines import Off
 
 BATCHES = (1, 2, 4, 8, 16, 32)
+GPU_BATCHES = (*BATCHES, 64, 128)
 _TOKENS_OF_WORK, _FEWEST, _MOST = 192, 12, 32
+_GPU_TOKENS = 128  # of every sequence: its steps take milliseconds
 _CALIBRATING = (
     48  # tokens in which the plugin has measured its costs at a batch size; it does so once per machine
 )
-_KV_BYTES, _MAX_LEN, _LONGEST = 1 << 29, 640, 160
+_KV_BYTES, _GPU_KV_BYTES, _MAX_LEN, _LONGEST = 1 << 29, 1 << 32, 640, 160
 _NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 _DRAFT_LENGTHS = (3, 6)
 
@@ -59,7 +61,7 @@ class VllmBenchmark:
 
     def never_slower(self) -> None:
         """Plain vLLM against vLLM with the plugin, at every batch size, and against itself, which is the noise."""
-        self._sweep("plugin", BATCHES, 0.97)
+        self._sweep("plugin", GPU_BATCHES if self.on_gpu else BATCHES, 0.97)
 
     def overhead(self) -> None:
         """The same with a policy that never speculates: what being there costs."""
@@ -69,7 +71,7 @@ class VllmBenchmark:
         self._start_both()
         self._start("stock again", {})
         for batch in batches:
-            tokens = max(_FEWEST, min(_MOST, _TOKENS_OF_WORK // batch))
+            tokens = _GPU_TOKENS if self.on_gpu else max(_FEWEST, min(_MOST, _TOKENS_OF_WORK // batch))
             prompts = [self._next(batch) for _ in range(self.pairs + 1)]
             self._run(name, self._next(batch), [_CALIBRATING] * batch)
             seconds = self._turns(("stock", "stock again", name), prompts, [tokens] * batch)
@@ -84,9 +86,10 @@ class VllmBenchmark:
         for other in others:
             self._record("one sequence", seconds, other, "plugin", 1.0)
 
-    def long_tail(self, batch: int) -> None:
-        """Whole rollouts with lengths of the policy's own, against vLLM's own ways to speculate."""
-        names, others = self._start_alternatives()
+    def long_tail(self, batch: int, alternatives: bool = True) -> None:
+        """Whole rollouts with lengths of the policy's own, against vLLM, and with `alternatives` its ways to speculate."""
+        self._start_both()
+        names, others = self._start_alternatives() if alternatives else (("stock", "plugin"), ("stock",))
         prompts = stratified(batch, self.pairs + 1, self.seed)
         lengths = self._lengths(prompts[:batch])
         rounds = [prompts[row : row + batch] for row in range(0, len(prompts), batch)]
@@ -127,8 +130,8 @@ class VllmBenchmark:
                 dtype=self.dtype,
                 enforce_eager=not self.on_gpu,
                 max_model_len=_MAX_LEN,
-                max_num_seqs=max(BATCHES),
-                kv_cache_memory_bytes=_KV_BYTES,
+                max_num_seqs=max(GPU_BATCHES if self.on_gpu else BATCHES),
+                kv_cache_memory_bytes=_GPU_KV_BYTES if self.on_gpu else _KV_BYTES,
                 enable_prefix_caching=False,
                 disable_log_stats=True,
                 seed=self.seed,
@@ -136,6 +139,10 @@ class VllmBenchmark:
         self._engines[name] = engine
         blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
         self.notes.setdefault("kv_blocks", {})[name] = blocks
+
+    def engine(self, name: str) -> Any:
+        """The engine of that name, an `LLM`."""
+        return self._engines[name]
 
     def _next(self, batch: int) -> list[str]:
         return [next(self._prompts) for _ in range(batch)]
@@ -152,7 +159,7 @@ class VllmBenchmark:
         from vllm import SamplingParams
 
         params = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True) for n in lengths]
-        engine = self._engines[name.removesuffix(" off")]
+        engine = self.engine(name.removesuffix(" off"))
         decisions = getattr(scheduler(engine.llm_engine), "decisions", None)
         policy = getattr(decisions, "policy", None)
         if name.endswith(" off"):
@@ -205,6 +212,6 @@ class VllmBenchmark:
 
     def finish(self) -> None:
         """Note what the plugin decided."""
-        decisions = scheduler(self._engines["plugin"].llm_engine).decisions
+        decisions = scheduler(self.engine("plugin").llm_engine).decisions
         self.notes["reasons"] = {reason.value: steps for reason, steps in decisions.reasons.items()}
         self.notes["draft_lengths"] = {str(k): steps for k, steps in sorted(decisions.draft_lengths.items())}
