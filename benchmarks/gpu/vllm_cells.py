@@ -358,7 +358,7 @@ def linears(part: Any, runner: str) -> None:
     """One layer of a 7B model in each kind of quantized linear: error against float32, time against bf16."""
     import torch
 
-    from rollout_spec.drafters.quantize import get_quantizer
+    from rollout_spec.drafters.quantize import QUANTIZERS, get_quantizer
     from rollout_spec.drafters.quantizers.base import relative_error
     from rollout_spec.integrations.vllm.quantized_layers import quantizer_for
 
@@ -372,6 +372,9 @@ def linears(part: Any, runner: str) -> None:
         "int8": lambda w: get_quantizer("int8", device, dtype).quantize(w),
         "bf16": lambda w: lambda x: x @ w.t(),
     }
+    if why := QUANTIZERS["nf4"].unavailable(device, dtype):
+        del makers["nf4"]
+        part.note(f"nf4: {why}")
     for name, make in makers.items():
         with part.attempt(name):
             layers = [make(weight) for weight in weights]
