@@ -196,7 +196,8 @@ def _distribution(
 def _liar(part: Any, engine: Engine, prompt: list[int]) -> None:
     """Certain drafts that claim to be drawn uniformly are accepted too often: the chi-square has to see it."""
     drafter = engine.drafter
-    honest = drafter.sample_draft
+    honest, graphs = drafter.sample_draft, drafter.graphs
+    drafter.graphs = None  # they hold the honest one
 
     def certain(hidden: Any, *rest: Any) -> Any:
         drafter.draft_logits.zero_()
@@ -213,7 +214,7 @@ def _liar(part: Any, engine: Engine, prompt: list[int]) -> None:
             False,
         )
     finally:
-        drafter.sample_draft = honest
+        drafter.sample_draft, drafter.graphs = honest, graphs
 
 
 def graphs(part: Any, runner: str) -> None:

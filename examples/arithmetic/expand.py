@@ -201,7 +201,7 @@ def expand(
     tensors = {}
 
     def put(name: str, weight: torch.Tensor) -> None:
-        tensors[f"{name}.weight"] = weight.to("cpu", DTYPES[dtype], copy=True).contiguous()
+        tensors[f"{name}.weight"] = weight.to(DTYPES[dtype], copy=True).cpu().contiguous()
 
     with torch.device(device):
         work = Expansion(config, shape, seed)
