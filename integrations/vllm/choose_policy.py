@@ -34,6 +34,14 @@ def drafter_name(vllm_config: Any) -> str | None:
     return str(speculative.method)
 
 
+def drafts_late(vllm_config: Any) -> bool:
+    """Whether a step ends before its drafts are made: the V2 runner hands its tokens over first, and nobody waits."""
+    from vllm.platforms import current_platform
+
+    asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
+    return asynchronous and vllm_config.use_v2_model_runner and not current_platform.is_cpu()
+
+
 def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPolicy:
     """Fixed draft lengths if the configuration says so, else decisions from measured costs."""
     name = drafter_name(vllm_config)
@@ -65,7 +73,8 @@ def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPo
         except OSError as error:
             logger.warning("the measured costs could not be kept for the next engine: %s", error)
 
-    return SelfCalibrating(name, make, longest, found.timings if found is not None else (), keep)
+    timings = found.timings if found is not None else ()
+    return SelfCalibrating(name, make, longest, timings, keep, drafts_late(vllm_config))
 
 
 def calibration_key(vllm_config: Any) -> Mapping[str, Any]:
@@ -86,6 +95,7 @@ def calibration_key(vllm_config: Any) -> Mapping[str, Any]:
         "eager": bool(model.enforce_eager),
         "graphs": str(compilation.cudagraph_mode),
         "async": bool(vllm_config.scheduler_config.async_scheduling),
+        "late": drafts_late(vllm_config),
         "versions": {
             n: v for n, v in installed_versions().items() if n in ("torch", "rollout-spec", "bitsandbytes")
         },

@@ -3,8 +3,9 @@
 vLLM drafts at the end of a step and verifies in the next one. K is decided when a step is scheduled, for the drafts
 made at its end; the pass that the policy planned is that drafting and the verification in the following step.
 Only whole steps can be timed from here (worker and scheduler may be two processes), so a step's time is divided
-between what it verified and what it drafted in the proportion the cost model expects; steps that verify without
-drafting, or draft without verifying, come with every switch and probe, and keep the two apart.
+between what it verified and what was drafted in it in the proportion the cost model expects; steps that verify without
+drafting, or draft without verifying, come with every switch and probe, and keep the two apart. Drafts that are `late`
+fall into the time of the step that verifies them, which is the whole pass then; see `online_calibration`.
 
 While the policy rests (it decodes plainly and does not look whether to go on so) a step is told nothing and asks for
 nothing: what it costs is a few counters.
@@ -86,6 +87,7 @@ class Decision:
         requests: Those it was decided for, in the order of `state`.
         state, plan: `state` is None where nothing is to be learnt: nothing will be live, or the policy rests.
         seconds: What deciding took.
+        dropped: Whether the drafts are only made to be timed, and not verified.
     """
 
     draft_length: int
@@ -93,6 +95,7 @@ class Decision:
     state: StepState | None = None
     plan: Plan | None = None
     seconds: float = 0.0
+    dropped: bool = False
 
 
 class Decisions:
@@ -103,6 +106,7 @@ class Decisions:
         drafter: Its name in the policy's costs, or None if nothing can draft.
         lengths: Draft lengths the runner can run at full speed, 0 among them; others are rounded down.
         least_acceptance: A drafter accepted less than this, over the last `WATCH_TOKENS` tokens tried, is set aside.
+        late: Whether steps end before their drafts are made, so that these fall into the next one's time.
 
     Attributes:
         reasons: Steps decided so far, by reason.
@@ -117,8 +121,9 @@ class Decisions:
         drafter: str | None,
         lengths: Sequence[int],
         least_acceptance: float = 0.0,
+        late: bool = False,
     ) -> None:
-        self.policy, self.drafter = policy, drafter
+        self.policy, self.drafter, self.late = policy, drafter, late
         self.lengths, self.least_acceptance = sorted({0, *lengths}), least_acceptance
         self.reasons: Counter[Reason] = Counter()
         self.draft_lengths: Counter[int] = Counter()
@@ -128,6 +133,7 @@ class Decisions:
         self._free: list[int] = []
         self._tried = self._accepted = 0
         self._draft_seconds = 0.0  # of the last step
+        self._verifying = False  # whether the last step did
         self._planned: Plan | None = None  # the last of a rest
         self._idle: dict[int, StepState] = {}
 
@@ -181,7 +187,8 @@ class Decisions:
         if self._planned is None:
             self.looking = seconds
         self._planned = None
-        return Decision(length, tuple(x.request for x in live), state, plan, seconds)
+        dropped = length > 0 and isinstance(self.policy, SelfCalibrating) and self.policy.dropping
+        return Decision(length, tuple(x.request for x in live), state, plan, seconds, dropped)
 
     def observe(
         self, before: Decision, now: Decision, verified: Sequence[Verified], seconds: float, clean: bool
@@ -192,18 +199,24 @@ class Decisions:
             before: Decided one step ago: what this step verified.
             now: Decided for this step: what it drafted at its end.
             verified: Every request it decoded.
-            seconds: Its time, drafting included, deciding not.
+            seconds: Its time, with what was drafted in it, deciding not.
             clean: Whether it did nothing else, such as a prefill.
         """
         self._judge(verified)
         draft_before, self._draft_seconds = self._draft_seconds, math.nan if now.draft_length else 0.0
+        verifying = any(x.drafted for x in verified)
+        settled, self._verifying = verifying == self._verifying, verifying
         index = {request: i for i, request in enumerate(before.requests)}
         known = [x for x in verified if x.request in index]
         if before.state is not None and before.plan is not None and known:
             state = before.state.take(np.array([index[x.request] for x in known]))
             drafted = np.array([x.drafted for x in known], np.int64)
             if clean and len(known) == len(verified):
-                self._tell(before.plan, state, drafted, now, known, seconds, draft_before)
+                drafting = (before if self.late else now).draft_length
+                timing = StepTiming(
+                    len(known), int(drafted.sum()), drafting, int(state.lengths.sum()), seconds, settled
+                )
+                self._tell(before.plan, state, drafted, timing, known, draft_before)
         self.forget(x.request for x in verified if x.finished)
 
     def ended(self, requests: Sequence[Ended]) -> None:
@@ -260,28 +273,28 @@ class Decisions:
         plan: Plan,
         state: StepState,
         drafted: np.ndarray,
-        now: Decision,
+        step: StepTiming,
         verified: Sequence[Verified],
-        seconds: float,
         draft_before: float,
     ) -> None:
-        batch, context = len(state.slots), int(state.lengths.sum())
-        timing = StepTiming(batch, int(drafted.sum()), now.draft_length, context, seconds)
         if isinstance(self.policy, SelfCalibrating):
-            self.policy.observe_step(timing)
-        share = self._draft_share(timing)
-        self._draft_seconds = share * seconds
+            self.policy.observe_step(step)
+        share = self._draft_share(step)
+        seconds = step.seconds if step.settled or not self.late else math.nan
+        draft_seconds = self._draft_seconds = share * seconds
+        if not self.late:
+            draft_seconds = draft_before
         emitted = np.array([x.emitted for x in verified], np.int64)
         outcome = StepOutcome(
             np.minimum(np.maximum(emitted - 1, 0), drafted),
             emitted,
             np.array([x.finished for x in verified], bool),
-            draft_before if drafted.any() else 0.0,
+            draft_seconds if drafted.any() else 0.0,
             (1 - share) * seconds,
             self.looking,
         )
         drafter = self.drafter if drafted.any() else None
-        carried = Plan(drafted, np.zeros(batch, np.int64), drafter, plan.reason, plan.gain, plan.seconds)
+        carried = Plan(drafted, np.zeros_like(drafted), drafter, plan.reason, plan.gain, plan.seconds)
         self.policy.observe(state, carried, outcome)
 
     def _draft_share(self, step: StepTiming) -> float:

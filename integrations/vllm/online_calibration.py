@@ -1,13 +1,19 @@
 """Costs measured while serving: nothing is known of this model in this engine, so the first steps tell.
 
-In each range of batch sizes (powers of two) the first `STEPS` steps run in a fixed pattern of K = 0, 0, k, k, ... .
-With T(v, d) the time of a step that verifies v drafts per sequence and drafts d, its four kinds of steps give
+In each range of batch sizes (powers of two) the first steps run in a fixed pattern of drafts. Time is that from one
+step's end to the next one's. With T(v, d) the time in which v drafts per sequence are verified and d are drafted, it
+gives, by medians and the first round thrown away,
 
     target, plain    T(0, 0)
-    target, verify   T(k, 0)
+    target, verify   T(k, 0), or T(k, k) less what drafting takes
     drafter, 1 step  (T(0, k) - T(0, 0)) / k  and  (T(k, k) - T(k, 0)) / k
 
-by medians, the first round thrown away. What was measured is kept on disk, so the next engine starts with it.
+Where a step ends before its drafts are made (vLLM's V2 runner does not wait for them when it schedules asynchronously)
+they fall into the time of the step that verifies them. There is no T(k, 0) then, and T(0, k) takes drafts that nobody
+verifies: the pattern has one in eight steps. What the host does for many tokens is then left over for the step after,
+so times count only from steps that verify as the one before did, or do not as that one did not.
+
+What was measured is kept on disk, so the next engine starts with it.
 """
 
 from __future__ import annotations
@@ -26,7 +32,12 @@ from rollout_spec.policy.online_costs import OnlineCosts
 from rollout_spec.policy.records import PassTiming, Plan, Reason, StepOutcome, StepState
 
 ROUNDS = 4  # the first warms up
-STEPS = 4 * ROUNDS
+_PATTERN = (0, 0, 1, 1)  # of a round: whether to draft
+_LATE_PATTERN, _DROPPED = (
+    (0, 0, 0, 1, 0, 1, 1, 1),
+    3,
+)  # where drafts are late; the step whose drafts are dropped
+STEPS, LATE_STEPS = ROUNDS * len(_PATTERN), ROUNDS * len(_LATE_PATTERN)
 LENGTH = 4  # k, where so many rows fit
 MOST_ROWS = 640  # of one verification
 LEAST_SHARE = 0.02  # of a plain step that one draft step counts as at least, whatever noise says
@@ -39,9 +50,10 @@ class StepTiming:
     Attributes:
         batch: Sequences decoded.
         verified: Draft tokens verified, of all sequences together.
-        drafting: K drafted at the end of the step.
+        drafting: K drafted in its time.
         kv_tokens: Context tokens of all sequences together.
         seconds: Duration.
+        settled: Whether the step before verified drafts if this one did, and none if this one did not.
     """
 
     batch: int
@@ -49,6 +61,7 @@ class StepTiming:
     drafting: int
     kv_tokens: int
     seconds: float
+    settled: bool = True
 
 
 class SelfCalibrating:
@@ -60,9 +73,11 @@ class SelfCalibrating:
         longest: Largest K the engine can run.
         timings: What is known from before.
         keep: Called with all timings when there are new ones.
+        late: Whether drafts fall into the time of the step that verifies them.
 
     Attributes:
         policy: Decides where costs are known; None before any are.
+        dropping: Whether the drafts of the plan made last are to be timed, and not verified.
     """
 
     def __init__(
@@ -72,8 +87,11 @@ class SelfCalibrating:
         longest: int,
         timings: Sequence[PassTiming] = (),
         keep: Callable[[Sequence[PassTiming]], None] = lambda timings: None,
+        late: bool = False,
     ) -> None:
-        self.drafter, self._make, self._keep = drafter, make, keep
+        self.drafter, self._make, self._keep, self.late = drafter, make, keep, late
+        self.dropping = False
+        self._pattern = _LATE_PATTERN if late else _PATTERN
         self._longest = longest
         self.timings = list(timings)
         self.policy = make(fit(self.timings)) if self.timings else None
@@ -89,15 +107,17 @@ class SelfCalibrating:
         """The policy's plan, or the next of the pattern."""
         batch = len(state.slots)
         bucket = batch.bit_length()
+        self.dropping = False
         if self.drafter not in state.drafters:
             return Plan.plain(batch, Reason.NO_DRAFTER)
         if bucket in self._known:
             assert self.policy is not None
             return self.policy.plan(state)
-        turn = self._planned[bucket]
+        turn = self._planned[bucket] % len(self._pattern)
         self._planned[bucket] += 1
-        if turn % 4 < 2:
+        if not self._pattern[turn]:
             return Plan.plain(batch, Reason.EXPLORE)
+        self.dropping = self.late and turn == _DROPPED
         return uniform_plan(state, self._length(batch), self.drafter, Reason.EXPLORE)
 
     def observe_step(self, step: StepTiming) -> None:
@@ -106,7 +126,7 @@ class SelfCalibrating:
         if bucket in self._known:
             return
         self._steps[bucket].append(step)
-        if len(self._steps[bucket]) >= STEPS:
+        if len(self._steps[bucket]) >= ROUNDS * len(self._pattern):
             self._learn(bucket)
 
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
@@ -126,18 +146,26 @@ class SelfCalibrating:
 
     def _learn(self, bucket: int) -> None:
         """Turn the steps of a bucket into timings; it stays unknown while a kind of step is missing."""
-        steps = self._steps[bucket][-STEPS + 4 :]
+        steps = self._steps[bucket][-(ROUNDS - 1) * len(self._pattern) :]
         length = max(x.drafting for x in steps)
         seconds: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
         for x in steps:
-            if x.verified in (0, length * x.batch) and x.drafting in (0, length):
+            if (
+                (x.settled or not self.late)
+                and x.verified in (0, length * x.batch)
+                and x.drafting in (0, length)
+            ):
                 seconds[x.verified // x.batch, x.drafting].append(x.seconds)
-        if not length or len(seconds) < 4:
+        wanted = {(0, 0), (0, length), (length, length)} | (set() if self.late else {(length, 0)})
+        if not length or not wanted <= seconds.keys():
             return
         median = {kind: statistics.median(values) for kind, values in seconds.items()}
-        plain, verify = median[0, 0], median[length, 0]
-        drafts = ((median[0, length] - plain) / length, (median[length, length] - verify) / length)
+        plain, both = median[0, 0], median[length, length]
+        drafts = [(median[0, length] - plain) / length]
+        if not self.late:
+            drafts.append((both - median[length, 0]) / length)
         draft = max(statistics.mean(drafts), LEAST_SHARE * plain)
+        verify = max(both - length * draft, plain) if self.late else median[length, 0]
         batch = int(statistics.median([x.batch for x in steps]))
         kv_tokens = int(statistics.median([x.kv_tokens for x in steps]))
         self.timings += [

@@ -17,7 +17,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from rollout_spec.contracts import invalid
-from rollout_spec.integrations.vllm.choose_policy import choose_policy, drafter_name
+from rollout_spec.integrations.vllm.choose_policy import choose_policy, drafter_name, drafts_late
 from rollout_spec.integrations.vllm.decisions import Decision, Decisions, Ended, Live, Verified
 from rollout_spec.integrations.vllm.fit import check_fit
 from rollout_spec.integrations.vllm.metrics import SchedulerMetrics, set_aside
@@ -84,6 +84,7 @@ class PolicyScheduler(Scheduler):
             drafter_name(vllm_config),
             lengths,
             0.0 if speculative is None or "ngram" in speculative.method else options.canary_min_acceptance,
+            drafts_late(vllm_config),
         )
         self._metrics = SchedulerMetrics(vllm_config, self.kv_cache_config)
         self._decided = Decision(0)
@@ -211,3 +212,9 @@ class PolicyScheduler(Scheduler):
 
 class AsyncPolicyScheduler(PolicyScheduler, AsyncScheduler):
     """The same over vLLM's asynchronous scheduler: K is decided before the last step's outcome is known."""
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        super()._update_after_schedule(scheduler_output)
+        if self._decided.dropped:  # the next step verifies no placeholders
+            for request_id in scheduler_output.num_scheduled_tokens:
+                self.requests[request_id].spec_token_ids = []
