@@ -36,7 +36,7 @@ class MarlinLinear(QuantizedLinear):
         words, scales, zeros = quantize_groups(weight, (self.rows, self.columns), dtype)
         self.packed = _repack(words, self.columns, self.rows)
         self.scales = _tiled(scales)
-        self.zeros = _words(_tiled(zeros).view(len(zeros), -1, 4, 2).transpose(2, 3).flatten(1))
+        self.zeros = _packed_zeros(zeros)
         _locks(weight.device).zero_()  # when weights come anew they may have slept, and lost what they held
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -123,6 +123,11 @@ def _words(codes: Tensor) -> Tensor:
 def _tiled(x: Tensor) -> Tensor:
     """[G, N] -> the same with the columns of each 64 in the kernel's order."""
     return x.view(len(x), -1, 8, 8).transpose(2, 3).flatten(1).contiguous()
+
+
+def _packed_zeros(zeros: Tensor) -> Tensor:
+    """[G, N] -> [G, N / 8] words of zero points."""
+    return _words(_tiled(zeros).view(len(zeros), -1, 4, 2).transpose(2, 3).flatten(1))
 
 
 def _repack(words: Tensor, size_k: int, size_n: int) -> Tensor:

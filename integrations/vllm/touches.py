@@ -7,12 +7,13 @@ docs/vllm-versions.md says what follows for users.
 from __future__ import annotations
 
 from rollout_spec.integrations.vllm.contracts import touch
-from rollout_spec.integrations.vllm.touches_drafter import DRAFTER
+from rollout_spec.integrations.vllm.touches_drafter import DRAFTER, MARLIN
 from rollout_spec.integrations.vllm.touches_v2 import DRAFTER_V2
 
 PARTS = {
     "drafter": "the quantized self-drafter on the V1 model runner",
     "drafter_v2": "the quantized self-drafter on the V2 model runner",
+    "marlin": "int4 linears on a GPU by vLLM's kernel; PyTorch's takes its place",
     "policy": "on, off and K of every step, in the scheduler",
     "sampling": "requests whose parameters vLLM refuses beside speculation",
     "sampling_cpu": "speculation at temperature > 0 on CPU (vllm#55005)",
@@ -356,4 +357,4 @@ WEIGHTS = (
     ),
 )
 
-TOUCHES = (*DRAFTER, *DRAFTER_V2, *POLICY, *SAMPLING, *COUPLED, *HIDDEN_STATES, *WEIGHTS)
+TOUCHES = (*DRAFTER, *MARLIN, *DRAFTER_V2, *POLICY, *SAMPLING, *COUPLED, *HIDDEN_STATES, *WEIGHTS)

@@ -208,3 +208,25 @@ DRAFTER = (
         why="the quantized linear as one operation for torch.compile",
     ),
 )
+
+_OPERATORS = "vllm._custom_ops"
+
+MARLIN = (
+    touch(
+        "marlin",
+        f"{_OPERATORS}:gptq_marlin_repack",
+        "b_q_weight, size_k, size_n, num_bits, ...",
+        "b_q_weight, perm, size_k, size_n, num_bits, ...",
+        why="packs int4 weights",
+    ),
+    touch(
+        "marlin",
+        f"{_OPERATORS}:marlin_gemm",
+        "a, c, b_q_weight, b_bias, b_scales, a_scales, global_scale, b_zeros, workspace, b_q_type, size_m, size_n, size_k, "
+        "...",
+        "a, c, b_q_weight, b_bias, b_scales, a_scales, global_scale, b_zeros, g_idx, perm, workspace, b_q_type, size_m, "
+        "size_n, size_k, ...",
+        why="multiplies with them",
+    ),
+    touch("marlin", "vllm.scalar_type:scalar_types", ("uint4",), why="codes with zero points"),
+)

@@ -1,8 +1,8 @@
 """The V2 runner's self-drafter, dry: vLLM's own speculator classes on CPU, with stand-ins for what needs a GPU.
 
-The stand-ins are the block tables, attention metadata, Gumbel sampling (Triton kernels) and a toy model, which keeps
-token ids in its KV cache and whose next token depends on every one of them: a draft is right only if each key before it
-lies in the slot where the target put it. `test_on_newest` runs the file again over the newest supported release.
+The stand-ins are the block tables, attention metadata, Gumbel sampling (Triton kernels), graphs, which call what was
+captured again, and a toy model, which keeps token ids in its KV cache and whose next token depends on every one of
+them: a draft is right only if each key before it lies in the slot where the target put it. `test_on_newest` runs the file again over the newest supported release.
 """
 
 from __future__ import annotations
@@ -305,6 +305,121 @@ def test_a_dummy_run_writes_nothing(dry):
     assert dry.speculator.forwards == 3 and not written(dry)
     step(dry, (0, A, 0, 1), dummy_run=True, skip_attn_for_dummy_run=True)
     assert not written(dry)
+
+
+class Graphs:
+    """Stands for vLLM's manager: a graph calls what was captured again, on the buffers it was captured on."""
+
+    def __init__(self, vllm_config, device, mode, decode_query_len) -> None:
+        self.sizes, self.graphs, self.replays = (1, 2, 4), {}, []
+        assert decode_query_len == 1
+
+    @torch.inference_mode()
+    def capture(self, step, model_state, buffers, tables, groups, config, progress_bar_desc) -> None:
+        for rows in self.sizes:
+            buffers.seq_lens[:rows] = 1
+            buffers.query_start_loc[: rows + 1] = torch.arange(rows + 1)
+            metadata = Record(seq_lens=buffers.seq_lens[:rows], table=tables.input_block_tables[0])
+            metadata = {DRAFT: metadata}
+            slots = {DRAFT: tables.slot_mappings[0, :rows]}
+            arguments = rows, rows, metadata, slots, None, None
+            step(*arguments)
+            self.graphs[rows] = lambda arguments=arguments: step(*arguments, num_speculative_steps=3)
+
+    def dispatch(self, batch, tokens, uniform_token_count, num_active_loras):
+        from vllm.config import CUDAGraphMode
+
+        assert (tokens, uniform_token_count, num_active_loras) == (batch, 1, 0)
+        rows = next((rows for rows in self.sizes if rows >= batch and rows in self.graphs), None)
+        mode = CUDAGraphMode.NONE if rows is None else CUDAGraphMode.FULL
+        return Record(cg_mode=mode, num_reqs=rows)
+
+    def run_fullgraph(self, desc) -> None:
+        self.replays.append(desc.num_reqs)
+        self.graphs[desc.num_reqs]()
+
+    def release_graphs(self) -> None:
+        self.graphs.clear()
+
+
+class Group(str):
+    """An attention group, by the name of its one layer."""
+
+    kv_cache_group_id = 0
+
+    def map_to_kernel_block_table(self, table: torch.Tensor) -> torch.Tensor:
+        return table
+
+
+@pytest.fixture
+def graphed(v2, dry, monkeypatch):
+    """The same with its draft steps on graphs."""
+    from vllm.config import CUDAGraphMode
+
+    if not hasattr(v2.ours, "SpeculatorCudaGraphManager"):
+        pytest.skip("this release's V2 runner does not draft")
+    monkeypatch.setattr(v2.ours, "SpeculatorCudaGraphManager", Graphs)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(dry.graphs.replays))
+    speculator = dry.speculator
+    speculator.supports_decode_metadata_update = True
+    speculator.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    dry.graphs = speculator.graphs
+    monkeypatch.setattr(speculator, "_update_draft_decode_metadata", lambda metadata, rows: None)
+    speculator.attn_groups = [[Group(DRAFT)]]
+    before = dry.context[LAYER].kv_cache.clone()
+    speculator.capture()
+    assert set(dry.graphs.graphs) == {1, 2, 4} and (dry.context[LAYER].kv_cache == before).all()
+    return dry
+
+
+def test_a_graph_drafts_what_eager_steps_draft(graphed):
+    """One step per graph, K times; a batch that fills none of them is padded by rows that write nothing."""
+    drafts = step(graphed, (2, A, 2, 1), (0, B, 0, 3), (3, A, 0, 0), num_speculative_tokens=3)
+    assert drafts.tolist() == [continuation(A, 3), continuation(B, 3), [0, 0, 0]]
+    assert graphed.graphs.replays == [4, 4, 4] and graphed.speculator.forwards == 3
+    assert written(graphed) <= places(graphed, 2, range(6, 9)) | places(graphed, 0, range(2, 5))
+    assert graphed.speculator.draft_logits[2].argmax(-1).tolist() == drafts[0].tolist()
+    assert not graphed.speculator.draft_logits[[1, 3]].any()
+    drafts = step(graphed, (1, B, 0, 1), num_speculative_tokens=2)
+    assert drafts[0, :2].tolist() == continuation(B, 2) and graphed.graphs.replays[3:] == [1, 1]
+
+
+def test_a_graph_writes_nothing_past_the_longest_sequence(graphed):
+    long = [7] * (LIMIT - 1)
+    drafts = step(graphed, (0, long, 0, 1), (1, B, 0, 1), num_speculative_tokens=3)
+    assert drafts[0, :2].tolist() == continuation(long, 2) and drafts[1].tolist() == continuation(B, 3)
+    assert written(graphed) <= places(graphed, 0, range(LIMIT - 2, LIMIT)) | places(graphed, 1, range(2, 5))
+
+
+def test_a_step_that_leaves_the_next_ones_inputs_behind_wrongly_is_seen(graphed, monkeypatch):
+    real = graphed.speculator._step
+
+    def stuck(rows, metadata, mapping):
+        real(rows, metadata, mapping)
+        graphed.speculator.input_buffers.seq_lens[:rows] -= 1
+
+    monkeypatch.setattr(graphed.speculator, "_step", stuck)
+    assert step(graphed, (2, A, 2, 1), num_speculative_tokens=3)[0].tolist() != continuation(A, 3)
+
+
+def test_graphs_of_a_cache_that_is_gone_do_not_run(graphed):
+    cache = graphed.context[LAYER].kv_cache
+    graphed.context[LAYER].kv_cache = torch.full_like(cache, -7)
+    assert step(graphed, (0, A, 0, 1), num_speculative_tokens=3)[0].tolist() == continuation(A, 3)
+    assert not graphed.graphs.replays and not graphed.graphs.graphs
+
+
+def test_attention_that_needs_the_host_leaves_steps_eager(v2, dry, caplog):
+    from vllm.config import CUDAGraphMode
+
+    dry.speculator.supports_decode_metadata_update = False
+    dry.speculator.init_cudagraph_manager(CUDAGraphMode.FULL)
+    assert dry.speculator.graphs is None and "FLASH_ATTN and TRITON_ATTN can" in caplog.text
+    dry.speculator.supports_decode_metadata_update = True
+    dry.speculator.init_cudagraph_manager(CUDAGraphMode.PIECEWISE)  # the target has no full graphs
+    assert dry.speculator.graphs is None
+    dry.speculator.capture()
+    assert step(dry, (0, A, 0, 1), num_speculative_tokens=3)[0].tolist() == continuation(A, 3)
 
 
 def test_the_drafter_owns_no_cache(dry):
