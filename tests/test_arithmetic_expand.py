@@ -95,7 +95,7 @@ def test_the_seed_decides_the_weights(tmp_path):
 @pytest.mark.parametrize(
     ("size", "dtype", "fault"),
     [
-        ("7b", "bf16", "size is '7b'"),
+        ("9b", "bf16", "size is '9b'"),
         ("100m", "fp16", "dtype is 'fp16'"),
         (Shape(hidden=192, layers=9, heads=12, kv_heads=3, intermediate=704), "bf16", "hidden is 192"),
         (Shape(hidden=384, layers=9, heads=3, kv_heads=3, intermediate=704), "bf16", "heads is 3"),

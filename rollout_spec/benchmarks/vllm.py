@@ -75,17 +75,16 @@ class VllmBenchmark:
             self._start("stock again", {})
         for batch in batches:
             tokens = _GPU_TOKENS if self.on_gpu else max(_FEWEST, min(_MOST, _TOKENS_OF_WORK // batch))
-            prompts = [self._next(batch) for _ in range(self.pairs + 1)]
+            rounds = [(self._next(batch), [tokens] * batch) for _ in range(self.pairs + 1)]
             self._run(name, self._next(batch), [_CALIBRATING] * batch)
-            seconds = self._turns(("stock", "stock again", name), prompts, [tokens] * batch)
+            seconds = self._turns(("stock", "stock again", name), rounds)
             self._record(f"B={batch}", seconds, "stock", name, target, tokens=tokens)
             self._record(f"B={batch}", seconds, "stock", "stock again", None, tokens=tokens)
 
     def single(self) -> None:
         """One sequence, against vLLM's own ways to speculate."""
         names, others = self._start_alternatives()
-        rounds = [self._next(1) for _ in range(self.pairs + 1)]
-        seconds = self._turns(names, rounds, [_MOST * 2])
+        seconds = self._turns(names, [(self._next(1), [_MOST * 2]) for _ in range(self.pairs + 1)])
         for other in others:
             self._record("one sequence", seconds, other, "plugin", 1.0)
 
@@ -94,9 +93,10 @@ class VllmBenchmark:
         self._start_both()
         names, others = self._start_alternatives() if alternatives else (("stock", "plugin"), ("stock",))
         prompts = stratified(batch, self.pairs + 1, self.seed)
-        lengths = self._lengths(prompts[:batch])
-        rounds = [prompts[row : row + batch] for row in range(0, len(prompts), batch)]
-        seconds = self._turns(names, rounds, lengths)
+        rows = [prompts[row : row + batch] for row in range(0, len(prompts), batch)]
+        rounds = [(row, self._lengths(row)) for row in rows]
+        seconds = self._turns(names, rounds)
+        lengths = [sorted(found) for _, found in rounds[1:]]
         for other in others:
             self._record(f"long tail of {batch}", seconds, other, "plugin", 1.0, lengths=lengths)
 
@@ -152,7 +152,10 @@ class VllmBenchmark:
         return [next(self._prompts) for _ in range(batch)]
 
     def _lengths(self, prompts: Sequence[str]) -> list[int]:
-        """Output lengths of the policy's own answers; every engine then emits just as many tokens."""
+        """Output lengths of the policy's own answers; every engine then emits just as many tokens for these prompts.
+
+        With those of others, text would go on for long behind an answer's end, where it repeats itself.
+        """
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=1.0, max_tokens=_LONGEST, seed=self.seed)
@@ -177,11 +180,11 @@ class VllmBenchmark:
         return seconds
 
     def _turns(
-        self, names: Sequence[str], rounds: Sequence[Sequence[str]], lengths: Lengths
+        self, names: Sequence[str], rounds: Sequence[tuple[Sequence[str], Lengths]]
     ) -> dict[str, np.ndarray]:
-        """Seconds of every engine, on the prompts of each round; the first round does not count."""
+        """Seconds of every engine, on the prompts of each round, to these lengths; the first round does not count."""
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        for turn, prompts in enumerate(rounds):
+        for turn, (prompts, lengths) in enumerate(rounds):
             for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
                 with self.console.status(f"{name}, {len(prompts)} sequences, round {turn} of {self.pairs}"):
                     taken = self._run(name, prompts, lengths)
