@@ -35,11 +35,10 @@ def drafter_name(vllm_config: Any) -> str | None:
 
 
 def drafts_late(vllm_config: Any) -> bool:
-    """Whether a step ends before its drafts are made: the V2 runner hands its tokens over first, and nobody waits."""
+    """Whether a step ends before its drafts are made: on a GPU the V2 runner hands its tokens over first."""
     from vllm.platforms import current_platform
 
-    asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
-    return asynchronous and vllm_config.use_v2_model_runner and not current_platform.is_cpu()
+    return bool(vllm_config.use_v2_model_runner) and not current_platform.is_cpu()
 
 
 def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPolicy:

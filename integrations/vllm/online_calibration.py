@@ -8,10 +8,10 @@ gives, by medians and the first round thrown away,
     target, verify   T(k, 0), or T(k, k) less what drafting takes
     drafter, 1 step  (T(0, k) - T(0, 0)) / k  and  (T(k, k) - T(k, 0)) / k
 
-Where a step ends before its drafts are made (vLLM's V2 runner does not wait for them when it schedules asynchronously)
-they fall into the time of the step that verifies them. There is no T(k, 0) then, and T(0, k) takes drafts that nobody
-verifies: the pattern has one in eight steps. What the host does for many tokens is then left over for the step after,
-so times count only from steps that verify as the one before did, or do not as that one did not.
+Where a step ends before its drafts are made (on a GPU vLLM's V2 runner hands its tokens over first) they fall into
+the time of the step that verifies them. There is no T(k, 0) then, and T(0, k) takes drafts that nobody verifies: the
+pattern has one in eight steps. What the host does for many tokens is then left over for the step after, so times count
+only from steps that verify as the one before did, or do not as that one did not.
 
 What was measured is kept on disk, so the next engine starts with it.
 """

@@ -95,8 +95,8 @@ class PolicyScheduler(Scheduler):
 
     @property
     def drafting(self) -> bool:
-        """Whether the step that ended last may have made drafts."""
-        return bool(self._steps) or self._decided.draft_length > 0
+        """Whether the step that ended last may have made drafts to be verified."""
+        return bool(self._steps) or (self._decided.draft_length > 0 and not self._decided.dropped)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._began = time.perf_counter()
@@ -174,7 +174,11 @@ class PolicyScheduler(Scheduler):
         result = super().update_from_output(scheduler_output, model_runner_output)
         now = time.perf_counter()
         deciding = step.now.seconds if step.began >= self._ended else 0.0  # else it was done beside a step
-        seconds, self._ended = now - max(step.began, self._ended) - deciding, now
+        late = (
+            self.decisions.late and step.before.draft_length > 0
+        )  # drafts were made since, scheduled or not
+        began = self._ended if late else max(step.began, self._ended)
+        seconds, self._ended = now - began - deciding, now
         verified = []
         for request_id, (drafted, emitted) in decoded.items():
             request = self.requests.get(request_id)

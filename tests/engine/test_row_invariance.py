@@ -55,7 +55,7 @@ def rows_that_differ(engine, counts):
 @torch.inference_mode()
 def test_numbers_of_rows_and_chunk_boundaries(engine, threads):
     quarter = 2 * DTYPES.index(engine.config.dtype) + threads - 1
-    assert not rows_that_differ(engine, [*range(1, 65), *range(65 + quarter, ROWS + 1, 4)])
+    assert not rows_that_differ(engine, [*range(1, 33), *range(33 + quarter, ROWS + 1, 4)])
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from .conftest import DRAFTER
 ARITHMETIC = Path(__file__).parents[2] / "examples" / "arithmetic"
 sys.path.insert(0, str(ARITHMETIC))  # problems.py
 
-REQUESTS, SEEDS = 64, range(8)
+REQUESTS, SEEDS = 64, range(4)
 LEAST_TOKENS = 50_000
 
 

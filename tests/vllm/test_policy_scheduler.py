@@ -13,11 +13,13 @@ from small_engines import DRAFTER
 from rollout_spec.contracts import InvalidRequest
 from rollout_spec.integrations.vllm.arguments import SCHEDULER, llm_arguments
 from rollout_spec.integrations.vllm.choose_policy import calibration_key, choose_policy
-from rollout_spec.integrations.vllm.online_calibration import STEPS, SelfCalibrating
+from rollout_spec.integrations.vllm.online_calibration import LATE_STEPS, STEPS, SelfCalibrating
 from rollout_spec.integrations.vllm.options import KEY, options_of
 from rollout_spec.integrations.vllm.refusals import refuse_data_parallel
 from rollout_spec.policy import calibration
+from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off
+from rollout_spec.policy.cost_model import CostModel
 from rollout_spec.policy.records import Reason
 from tests.vllm.conftest import POLICY, SMALL, Engine, Engines, prompts, run_apart
 
@@ -202,6 +204,37 @@ class TestAsynchronous:
             [7, 1, 2, 3],
         ]
         assert not scheduler._steps and scheduler.decisions.draft_lengths == {3: 1, 1: 1, 0: 2}
+
+    def test_late_drafts_are_timed_without_being_verified(self, scheduler: Any) -> None:
+        """One step of a round drafts, and the next one verifies nothing; costs are known after it."""
+        decisions = scheduler.decisions
+        decisions.late = True
+        decisions.policy = policy = SelfCalibrating(decisions.drafter, make, 4, late=True)
+        names = "abcd"
+        for name in names:
+            scheduler.add_request(self.request(name, max_tokens=400))
+        under_way, drafted, verified = [scheduler.schedule()], [], []
+        for _ in range(LATE_STEPS + 8):
+            under_way.append(scheduler.schedule())
+            step = under_way.pop(0)
+            lengths = {len(step.scheduled_spec_decode_tokens.get(name, ())) for name in names}
+            assert len(lengths) == 1
+            verified += lengths
+            drafted.append(step.num_spec_tokens_to_schedule)
+            scheduler.update_from_output(
+                step, self.output(step, {x: [7] * (1 + verified[-1]) for x in names})
+            )
+        first = drafted.index(4)
+        assert drafted[first : first + 5] == [4, 0, 4, 4, 4]
+        assert verified[first + 1 : first + 6] == [0, 0, 4, 4, 4]
+        assert [x.kind for x in policy.timings] == ["target", "target", decisions.drafter]
+        assert all(
+            scheduler.requests[name].num_output_tokens == sum(verified) + len(verified) for name in names
+        )
+
+
+def make(costs: CostModel) -> AutomaticPolicy:
+    return AutomaticPolicy(costs, longest=4, ragged=False)
 
 
 def test_new_requests_are_not_padded(engines: Engines) -> None:
