@@ -139,7 +139,9 @@ class TestAsynchronous:
         from rollout_spec.integrations.vllm.scheduler import PolicyScheduler
 
         engine = engines(
-            **llm_arguments(POLICY, {"drafter": DRAFTER, "longest_draft": 4}), async_scheduling=False
+            **llm_arguments(POLICY, {"drafter": DRAFTER, "longest_draft": 4}),
+            async_scheduling=False,
+            enable_prefix_caching=False,
         )
         config = copy.copy(engine.config)
         config.scheduler_config = copy.copy(config.scheduler_config)
