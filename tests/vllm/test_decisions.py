@@ -202,6 +202,25 @@ def test_drafts_that_are_late_are_told_from_their_verification() -> None:
     assert timings[1].seconds == pytest.approx(max(0.02 - 4 * draft, TRUE.target(4, 20, 400)), rel=0.02)
 
 
+def test_a_step_after_one_of_another_kind_shows_no_cost() -> None:
+    """Where drafts are late the host is still busy with the tokens of a step that verified, or not yet busy."""
+    calibrating = SelfCalibrating("nf4", make, 8, late=True)
+    for turn in range(LATE_STEPS):
+        kind = ((0, 0, 0.004), (0, 4, 0.012), (16, 4, 0.015))[turn % 3]
+        calibrating.observe_step(
+            StepTiming(4, *kind[:2], 400, kind[2] if turn % 4 == 0 else 0.5, turn % 4 == 0)
+        )
+    assert [x.seconds for x in calibrating.timings] == pytest.approx([0.004, 0.007, 0.002])
+
+
+def test_what_the_host_was_behind_is_not_learnt_as_the_cost_of_a_plain_step() -> None:
+    policy = make(TRUE)
+    decisions = Decisions(policy, "nf4", range(9), late=True)
+    policy.plan = RandomLengths(0, longest=8, off=0.5).plan  # type: ignore[method-assign]
+    run(decisions, 4, 600, lag=0.03)
+    assert policy.costs.target(4, 4, 400) == pytest.approx(TRUE.target(4, 4, 400), rel=0.05)
+
+
 def test_late_drafts_taken_for_punctual_ones_seem_to_cost_nothing() -> None:
     """The control: all of their time looks like verification, as it did on an H200."""
     calibrating = SelfCalibrating("nf4", make, 8)
