@@ -52,6 +52,7 @@ class VllmBenchmark:
         self.ratios: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {}
         self.on_gpu = torch.cuda.is_available()
+        self._batches = GPU_BATCHES if self.on_gpu else BATCHES
         native = self.on_gpu or {"avx512_bf16", "amx_bf16"} & set(cpu_model()[1])
         self.dtype = "bfloat16" if native else "float32"
         self.drafter = available_kind(getattr(torch, self.dtype))
@@ -61,7 +62,7 @@ class VllmBenchmark:
 
     def never_slower(self) -> None:
         """Plain vLLM against vLLM with the plugin, at every batch size, and against itself, which is the noise."""
-        self._sweep("plugin", GPU_BATCHES if self.on_gpu else BATCHES, 0.97)
+        self._sweep("plugin", self._batches, 0.97)
 
     def overhead(self) -> None:
         """The same with a policy that never speculates: what being there costs."""
@@ -133,7 +134,7 @@ class VllmBenchmark:
                 dtype=self.dtype,
                 enforce_eager=not self.on_gpu,
                 max_model_len=_MAX_LEN,
-                max_num_seqs=max(GPU_BATCHES if self.on_gpu else BATCHES),
+                max_num_seqs=max(self._batches),
                 kv_cache_memory_bytes=_GPU_KV_BYTES if self.on_gpu else _KV_BYTES,
                 gpu_memory_utilization=0.3,  # only asked whether it is free: the cache has a size of its own
                 enable_prefix_caching=False,

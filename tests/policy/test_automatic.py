@@ -275,7 +275,7 @@ def test_updates_fade_what_was_seen_of_a_drafter():
 terms = st.floats(1e-5, 1e-1)
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(
     launch=terms, weights=terms, ratio=st.floats(0.05, 1.5), row=st.floats(1e-6, 1e-2), kv=st.floats(1e-9, 1e-6),
     batch=st.integers(1, 64), less=st.integers(1, 2000), more=st.integers(1, 20000), alpha=st.floats(0.0, 0.99),

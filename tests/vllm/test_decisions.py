@@ -228,8 +228,8 @@ def test_late_drafts_taken_for_punctual_ones_seem_to_cost_nothing() -> None:
     assert calibrating.timings[2].seconds < 0.5 * TRUE.draft("nf4", 4, 400)
 
 
-# As an H200 took them for a 7B model (see `benchmarks/results/gpu`): drafting costs 0.6 of a plain step, and plain
-# steps hardly more for 16 sequences than for one.
+# Much like an H200's for a 7B model (`benchmarks/results/gpu`): a draft costs 0.6 of a plain step, and plain steps hardly
+# more for 16 sequences than for one.
 H200 = CostModel(
     {
         TARGET: PassCost(2e-4, 1e-5, 4.2e-3, 2.0e-5, 1e-8),

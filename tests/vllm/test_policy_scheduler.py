@@ -235,6 +235,37 @@ class TestAsynchronous:
         )
 
 
+@pytest.mark.parametrize(("late", "seconds"), [(True, 3.0), (False, 1.0)])
+def test_time_between_two_steps_is_drafting_only_where_drafts_are_late(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, late: bool, seconds: float
+) -> None:
+    """A step ends at 1, drafts are made until 3, and the step that verifies them ends at 4."""
+    from vllm.v1.request import RequestStatus
+
+    from rollout_spec.integrations.vllm import decisions as decisions_module
+    from rollout_spec.integrations.vllm import scheduler as module
+
+    scheduler = engines(**AUTOMATIC).scheduler
+    decisions, clock, seen = scheduler.decisions, SimpleNamespace(now=0.0), []
+    for timed in (module, decisions_module):
+        monkeypatch.setattr(timed, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(decisions, "late", late)
+    monkeypatch.setattr(decisions, "policy", Fixed(3))
+    observe = decisions.observe
+    monkeypatch.setattr(decisions, "observe", lambda *x: (seen.append(x[3]), observe(*x)))
+    by_hand = TestAsynchronous()
+    scheduler.add_request(by_hand.request("a"))
+    scheduler.update_from_output(step := scheduler.schedule(), by_hand.output(step, {"a": [7]}))
+    for began, ended in ((0.0, 1.0), (3.0, 4.0)):
+        scheduler.requests["a"].spec_token_ids = [7, 7, 7]
+        clock.now = began
+        step = scheduler.schedule()
+        clock.now = ended
+        scheduler.update_from_output(step, by_hand.output(step, {"a": [7]}))
+    scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+    assert seen[-1] == pytest.approx(seconds)
+
+
 def make(costs: CostModel) -> AutomaticPolicy:
     return AutomaticPolicy(costs, longest=4, ragged=False)
 
