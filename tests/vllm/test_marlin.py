@@ -24,6 +24,7 @@ def test_codes_stand_for_the_weight(shape: tuple[int, int], dtype: torch.dtype) 
     padded = -(-shape[0] // 64) * 64, -(-shape[1] // 128) * 128
     words, scales, zeros = marlin.quantize_groups(weight, padded, dtype)
     assert words.shape == (padded[1] // 8, padded[0]) and scales.dtype == dtype
+    assert zeros.min() >= 0 and zeros.max() <= 15  # else neighbours in a word would be spoilt
     made = decoded(words, scales, zeros)
     assert relative_error(made[: shape[0], : shape[1]], weight) <= 0.11
     made[: shape[0], : shape[1]] = 0
