@@ -174,9 +174,8 @@ class PolicyScheduler(Scheduler):
         result = super().update_from_output(scheduler_output, model_runner_output)
         now = time.perf_counter()
         deciding = step.now.seconds if step.began >= self._ended else 0.0  # else it was done beside a step
-        late = (
-            self.decisions.late and step.before.draft_length > 0
-        )  # drafts were made since, scheduled or not
+        # Late drafts were made since the last step ended, whether or not this one was scheduled by then.
+        late = self.decisions.late and step.before.draft_length > 0
         began = self._ended if late else max(step.began, self._ended)
         seconds, self._ended = now - began - deciding, now
         verified = []

@@ -48,9 +48,8 @@ def test_the_kernels_order_of_columns() -> None:
     assert tiled[0, 64:67].tolist() == [64, 72, 80]
     assert marlin._words(torch.arange(8, dtype=torch.int32)[None]).tolist() == [[0x76543210]]
     assert marlin._words(torch.full((1, 8), 15, dtype=torch.int32)).tolist() == [[-1]]
-    packed = marlin._packed_zeros(
-        torch.arange(64, dtype=torch.int32)[None] // 8
-    )  # column c has zero point c // 8
+    by_column = torch.arange(64, dtype=torch.int32)[None] // 8
+    packed = marlin._packed_zeros(by_column)
     assert packed.shape == (1, 8) and (packed == 0x75316420).all()
 
 
