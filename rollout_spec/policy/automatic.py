@@ -43,7 +43,7 @@ from rollout_spec.policy.records import (
 logger = logging.getLogger("rollout_spec")
 
 _PLAIN = "plain"
-HOLD = 3  # passes between looks at the other arms, in which what runs only plans its draft lengths anew
+HOLD = 3  # passes between looks at the other arms: a drafter drafts as far as it did, history plans its lengths anew
 _REST, _LONGEST_REST = 3, 63  # plain passes between looks while nothing changes
 _LOOKING = 0.0015  # share of the time that looks may take: rests are as long as it takes
 _CHANGE = 8  # a batch that changes by more than this part of it is another
@@ -143,6 +143,7 @@ class AutomaticPolicy(SpeculationPolicy):
         self._passes = self._batch = 0
         self._rest = self._pause = 0  # plain passes to the next look, and between the last two
         self._held = self._asked = 0  # passes to the next look, and the pass of the last
+        self._last: tuple[Plan, _Predicted] | None = None  # what a drafter does again until then
         self._offers: tuple[object, ...] = ()  # at the last look: whether history matched, and the drafters
         self._slots = np.zeros(0, np.int64)  # and the sequences
         self._plain_seconds = math.nan
@@ -197,6 +198,8 @@ class AutomaticPolicy(SpeculationPolicy):
         offers = (matched, state.drafters)
         if self._held and same and offers == self._offers:
             self._held -= 1
+            if self._last is not None:
+                return self._again(*self._last, room)
             round = Round(self, state, self._weights, room, found, context, self._plain_seconds)
             return self._carry_out(round, self._mode, None, Reason.STILL_PAYS)
         self._held, self._offers, self._slots = 0, offers, state.slots
@@ -260,12 +263,9 @@ class AutomaticPolicy(SpeculationPolicy):
         self, round: Round, arm: str, chosen: Candidate | None, reason: Reason, instead: float | None = None
     ) -> Plan:
         """Draft as `arm` does, unless this pass is to show what plain decoding does."""
-        known, plain_seconds = self._known[arm], round.plain_seconds
-        if self._rng.random() < self.probe_share:
-            return Plan.plain(round.batch, Reason.PROBE, plain_seconds)
-        seen, age = self.costs.plain_age(round.batch)
-        if known.gain < _SURE and (seen < _REFERENCES or age > _REFERENCE_AGE):
-            return Plan.plain(round.batch, Reason.REFERENCE, plain_seconds)
+        known, plain_seconds, self._last = self._known[arm], round.plain_seconds, None
+        if (why := self._plain_for_comparison(round.batch, known.gain)) is not None:
+            return Plan.plain(round.batch, why, plain_seconds)
         chosen = chosen or round.candidate(arm)
         self._predicted = _Predicted(
             arm, round.state.slots, chosen.gain, plain_seconds, instead, known.together
@@ -273,7 +273,29 @@ class AutomaticPolicy(SpeculationPolicy):
         lengths, stop = chosen.draft_lengths, None
         if chosen.drafter is not None and round.state.stoppable and self.ragged:
             lengths, stop = self._until_in_doubt(round, arm, chosen)
-        return Plan(lengths, chosen.from_history, chosen.drafter, reason, known.gain, chosen.seconds, stop)
+        plan = Plan(lengths, chosen.from_history, chosen.drafter, reason, known.gain, chosen.seconds, stop)
+        if arm == chosen.drafter:
+            self._last = plan, self._predicted
+        return plan
+
+    def _again(self, last: Plan, predicted: _Predicted, room: np.ndarray) -> Plan:
+        """Draft as far as in the last pass, where there is room; history would have to match anew for that."""
+        if (why := self._plain_for_comparison(len(room), last.gain)) is not None:
+            return Plan.plain(len(room), why, self._plain_seconds)
+        lengths = np.minimum(last.draft_lengths, room)
+        self._predicted = predicted
+        return Plan(
+            lengths, last.from_history, last.drafter, Reason.STILL_PAYS, last.gain, last.seconds, last.stop
+        )
+
+    def _plain_for_comparison(self, batch: int, gain: float) -> Reason | None:
+        """Why this pass is to show what plain decoding does, if it is."""
+        if self._rng.random() < self.probe_share:
+            return Reason.PROBE
+        if gain >= _SURE:
+            return None
+        seen, age = self.costs.plain_age(batch)
+        return Reason.REFERENCE if seen < _REFERENCES or age > _REFERENCE_AGE else None
 
     def _until_in_doubt(self, round: Round, arm: str, chosen: Candidate) -> tuple[np.ndarray, UntilInDoubt]:
         """Draft lengths with room beyond those chosen, and what decides on the way how much of it is used."""

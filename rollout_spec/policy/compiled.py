@@ -8,8 +8,8 @@ given; L stands for the draft lengths considered.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numba import njit
@@ -30,21 +30,27 @@ def compiled(function: _Function) -> _Function:
         return cast(_Function, njit(error_model="numpy")(function))
 
 
-class Prices(NamedTuple):
-    """What one kind of pass costs now.
-
-    Attributes:
-        terms: As `PassCost.terms`.
-        factors: Corrections of what they say, by bit length of the rows, float64 [20].
-    """
-
-    terms: tuple[float, ...]
-    factors: np.ndarray
+# What one kind of pass costs now, float64 [10 + 20]: `PassCost.terms`, then corrections of what they say, by bit length of
+# the rows. One array: compiled code takes tuples of numbers in one by one, which takes longer than to reckon with them.
+Prices: TypeAlias = np.ndarray
+_TERMS, _BITS = 10, 20
 
 
-def pass_seconds(terms: tuple[float, ...], batch: Any, rows: Any, kv_tokens: Any) -> Any:
+def uncorrected(terms: Sequence[float]) -> Prices:
+    """Of `PassCost.terms`, nothing corrected."""
+    return np.concatenate((terms, np.ones(_BITS)))
+
+
+def corrections(prices: Prices) -> np.ndarray:
+    """Those of prices, a view, float64 [20]."""
+    return prices[_TERMS:]
+
+
+def pass_seconds(terms: Any, batch: Any, rows: Any, kv_tokens: Any) -> Any:
     """`PassCost.seconds` of `PassCost.terms`, numbers or arrays; `cost_model` explains it."""
-    launch, sequence, weights, row, kv_token, kv_row, kv_walk, experts, share, collectives = terms
+    launch, sequence, weights, row = terms[0], terms[1], terms[2], terms[3]
+    kv_token, kv_row, kv_walk = terms[4], terms[5], terms[6]
+    experts, share, collectives = terms[7], terms[8], terms[9]
     read = weights + experts * (1.0 - (1.0 - share) ** rows)
     context = kv_tokens / batch
     stream = kv_tokens * kv_token + context * rows * kv_row
@@ -61,17 +67,17 @@ _pass_seconds = compiled(pass_seconds)
 def seconds(prices: Prices, batch: int, rows: int, kv_tokens: int) -> float:
     """Duration of a pass, corrected; compiled code does not check indices, so more rows count as the most there are."""
     bits = 0
-    while rows >> bits and bits < len(prices.factors) - 1:
+    while rows >> bits and bits < _BITS - 1:
         bits += 1
-    corrected: float = _pass_seconds(prices.terms, batch, rows, kv_tokens) * prices.factors[bits]
+    corrected: float = _pass_seconds(prices, batch, rows, kv_tokens) * prices[_TERMS + bits]
     return corrected
 
 
 @compiled
 def catching_up(drafter: Prices, batch: int, rows: int) -> float:
     """Seconds that a drafter's first step takes longer because it reads `rows` tokens of history too."""
-    more: float = _pass_seconds(drafter.terms, batch, batch + rows, 0)
-    alone: float = _pass_seconds(drafter.terms, batch, batch, 0)
+    more: float = _pass_seconds(drafter, batch, batch + rows, 0)
+    alone: float = _pass_seconds(drafter, batch, batch, 0)
     return more - alone
 
 

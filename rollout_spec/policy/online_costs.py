@@ -7,13 +7,12 @@ from collections import deque
 
 import numpy as np
 
-from rollout_spec.policy.compiled import Prices, catching_up, seconds
+from rollout_spec.policy.compiled import Prices, catching_up, corrections, seconds, uncorrected
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 
 _STEP = 0.08  # weight of one pass in the correction
 _MISSED = 4  # what was not seen for this many passes is known less well: the next pass counts for as many
 _RECENT = 3  # the median of so many passes counts: machines hiccup
-_BUCKETS = 20
 _PLAIN = "plain"
 
 
@@ -21,19 +20,21 @@ class _Correction:
     """Factor on a kind of pass, per power of two of its rows; where nothing was seen, the mean of what was.
 
     Attributes:
-        factors: By bit length of the rows.
+        prices: Of this kind of pass, corrected.
         mean: Of the logarithms of what was seen; None before the first pass.
         last: By bucket: when a pass of it was seen last; None: never.
         seen: By bucket: passes seen.
     """
 
-    def __init__(self) -> None:
-        self.factors = np.ones(_BUCKETS)
+    def __init__(self, cost: PassCost) -> None:
+        self.prices = uncorrected(cost.terms)
+        self._factors = corrections(self.prices)
+        buckets = len(self._factors)
         self.mean: float | None = None
-        self.last: list[int | None] = [None] * _BUCKETS
-        self.seen = [0] * _BUCKETS
-        self._logs = [0.0] * _BUCKETS
-        self._recent: list[deque[float]] = [deque(maxlen=_RECENT) for _ in range(_BUCKETS)]
+        self.last: list[int | None] = [None] * buckets
+        self.seen = [0] * buckets
+        self._logs = [0.0] * buckets
+        self._recent: list[deque[float]] = [deque(maxlen=_RECENT) for _ in range(buckets)]
 
     def add(self, rows: int, log_ratio: float, now: int) -> None:
         bucket = rows.bit_length()
@@ -56,12 +57,12 @@ class _Correction:
         for bucket, last in enumerate(self.last):
             if last is not None and last < before:
                 self._logs[bucket] = mean + share * (self._logs[bucket] - mean)
-                self.factors[bucket] = math.exp(self._logs[bucket])
+                self._factors[bucket] = math.exp(self._logs[bucket])
 
     def expect(self, mean: float) -> None:
         """Let `mean` stand for what was not seen."""
         logs = [mean if when is None else log for log, when in zip(self._logs, self.last, strict=True)]
-        self.factors[:] = np.exp(logs)
+        self._factors[:] = np.exp(logs)
 
 
 class OnlineCosts:
@@ -79,20 +80,20 @@ class OnlineCosts:
 
     def __init__(self, model: CostModel) -> None:
         self.model = model
-        self._corrections = {kind: _Correction() for kind in (_PLAIN, *model.passes)}
         self._target = model.passes[TARGET]
-        self._plain = self._corrections[_PLAIN]
-        self.plain_prices = Prices(self._target.terms, self._plain.factors)
-        self.prices = {
-            kind: Prices(model.passes[kind].terms, self._corrections[kind].factors) for kind in model.passes
+        self._plain = _Correction(self._target)
+        self._corrections = {kind: _Correction(cost) for kind, cost in model.passes.items()} | {
+            _PLAIN: self._plain
         }
+        self.plain_prices = self._plain.prices
+        self.prices: dict[str, Prices] = {kind: self._corrections[kind].prices for kind in model.passes}
         self._passes = 0
 
     def add(self, drafter: str, cost: PassCost) -> None:
         """Costs of one more drafter."""
         self.model = CostModel({**self.model.passes, drafter: cost})
-        correction = self._corrections[drafter] = _Correction()
-        self.prices[drafter] = Prices(cost.terms, correction.factors)
+        correction = self._corrections[drafter] = _Correction(cost)
+        self.prices[drafter] = correction.prices
         if self._plain.mean is not None:
             correction.expect(self._plain.mean)
 

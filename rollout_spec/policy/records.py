@@ -102,7 +102,7 @@ class Stop(Protocol):
         """
 
     def take(self, index: np.ndarray, limits: np.ndarray) -> Stop:
-        """The same for some of the sequences, in the order of `index`, which draft at most `limits` tokens."""
+        """A new one for some of the sequences, in the order of `index`, which draft at most `limits` tokens."""
 
 
 @dataclass(frozen=True)

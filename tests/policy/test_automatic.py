@@ -1,6 +1,7 @@
 """The automatic policy's decisions, on invented costs."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,6 +225,33 @@ def test_while_drafting_pays_it_looks_before_every_fourth_pass_and_whenever_some
     others = state(2)
     others.slots[:] = [5, 0]
     assert looked(others), "other sequences"
+
+
+def drafted(stop, limits):
+    """Draft lengths where the drafter is always sure."""
+    taken = stop.take(np.arange(len(limits)), np.array(limits))
+    while taken.more(np.full(len(limits), 9.0)):
+        pass
+    return taken.lengths.tolist()
+
+
+def test_between_looks_a_drafter_drafts_as_far_as_it_did_and_history_as_far_as_it_matches():
+    made, where = policy(), state(2, allowed=[30, 4], stoppable=True)
+    first = made.plan(where)
+    room = first.draft_lengths.tolist()
+    used = drafted(first.stop, room)
+    assert max(used) > 1
+    again = made.plan(replace(where, allowed=np.array([30, 3])))
+    assert again.reason is Reason.STILL_PAYS and again.drafter == "nf4"
+    assert again.draft_lengths.tolist() == [room[0], 2], "there is room for no more"
+    assert drafted(again.stop, room) == used, "what one pass used up, the next has again"
+
+    made, plans = policy(), []
+    for length in (6, 2, 9):
+        where = state(1, drafters=(), matches=Matches(np.array([length]), np.array([0.95])))
+        plans.append(made.plan(where))
+    assert [plan.draft_lengths.tolist() for plan in plans] == [[6], [2], [9]]
+    assert [plan.reason for plan in plans[1:]] == 2 * [Reason.STILL_PAYS]
 
 
 def test_no_latch():

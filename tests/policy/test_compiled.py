@@ -8,8 +8,8 @@ import pytest
 
 from rollout_spec.policy import compiled
 from rollout_spec.policy.compiled import (
-    Prices,
     catching_up,
+    corrections,
     deepest,
     ending_last,
     further,
@@ -19,6 +19,7 @@ from rollout_spec.policy.compiled import (
     put_behind,
     seconds,
     survival,
+    uncorrected,
 )
 from rollout_spec.policy.cost_model import PassCost
 
@@ -30,7 +31,9 @@ BATCH, LONGEST = 9, 6
 
 
 def prices(cost, factors=UNCORRECTED):
-    return Prices(cost.terms, factors)
+    found = uncorrected(cost.terms)
+    corrections(found)[:] = factors
+    return found
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ def test_of_what_is_on_offer_the_depth_of_the_largest_gain_is_taken(rng, drafter
         for longest in range(1, offered.max() + 1):
             lengths = np.minimum(offered, longest)
             taken = ahead + seconds(prices(TARGET), BATCH, BATCH + history + int(lengths.sum()), context)
-            for j in range(longest if step else 0):
+            for j in range(0 if step is None else longest):
                 active = int((offered > j).sum())
                 taken += seconds(step, active, active, context * active // BATCH)
             emitted = worth + sum(w * a[:k].sum() for w, a, k in zip(weights, given, lengths, strict=True))
