@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rollout_spec.adaptive.acceptance import Acceptance
+from rollout_spec.adaptive.features import episodes_of
+from rollout_spec.adaptive.last_layer import start_as_last_layer
 from rollout_spec.adaptive.module import EagleModule, TargetTensors
 from rollout_spec.adaptive.packing import EpisodeBatches
 from rollout_spec.adaptive.samples import Episode
 from rollout_spec.adaptive.trainer import DrafterTrainer, StepMetrics, TrainConfig
-from rollout_spec.contracts import Completion, SamplingParams, SpecCounts
+from rollout_spec.contracts import SamplingParams, SpecCounts
 from rollout_spec.drafters.eagle_spec import EagleSpec
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.models.decoder import Decoder
-
-_PASS_TOKENS = 8192  # padding included, in one forward of the target
 
 
 def roll_out(
@@ -44,57 +42,6 @@ def roll_out(
     """
     params = SamplingParams(n=n, temperature=1.0, max_tokens=max_tokens, seed=seed)
     return episodes_of(engine.backend.weights.target, spec, engine.generate(list(prompts), params))
-
-
-def episodes_of(target: Decoder, spec: EagleSpec, completions: Sequence[Completion]) -> list[Episode]:
-    """Episodes of finished samples, in their order, with features that `target` computes anew, all but the last token's."""
-    sequences = [c.prompt_token_ids + c.token_ids for c in completions]
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    found: dict[int, Episode] = {}
-    for group in _groups(order, [len(sequence) for sequence in sequences]):
-        tokens = [torch.tensor(sequences[i]) for i in group]
-        for i, features, ids in zip(group, features_of(target, spec, tokens), tokens):
-            c = completions[i]
-            name, version = f"{c.request_id}/{c.index}", c.version_spans[-1].version
-            found[i] = Episode(name, ids, features[:-1].clone(), len(c.prompt_token_ids), version)
-    return [found[i] for i in range(len(sequences))]
-
-
-@torch.no_grad()
-def features_of(target: Decoder, spec: EagleSpec, sequences: Sequence[Tensor]) -> list[Tensor]:
-    """The target's features [T, F] along each of `sequences` int64 [T], in one plain forward pass over all of them."""
-    device = target.weights.embed.device
-    length = max(len(sequence) for sequence in sequences)
-    ids = torch.stack([F.pad(sequence, (0, length - len(sequence))) for sequence in sequences]).to(device)
-    rows = ids.numel()
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.unflatten(0, ids.shape).transpose(1, 2) for x in (q, k, v))
-        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return found.transpose(1, 2).reshape(rows, -1)
-
-    positions = torch.arange(length, device=device).expand(ids.shape).flatten()
-    streams: dict[int, Tensor] = {}
-
-    def tap(layer: int, stream: Tensor) -> None:
-        if layer in spec.feature_layers:
-            streams[layer] = stream.clone()
-
-    hidden = target.hidden(ids.flatten(), positions, attend, tap)
-    features = torch.cat([streams[layer] for layer in spec.feature_layers], 1) if streams else hidden
-    return [row[: len(sequence)] for row, sequence in zip(features.unflatten(0, ids.shape), sequences)]
-
-
-def _groups(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Runs of `order`, which ascends in length, that fit a pass when padded to their longest."""
-    group: list[int] = []
-    for i in order:
-        if group and (len(group) + 1) * lengths[i] > _PASS_TOKENS:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
 
 
 def decode(
@@ -142,11 +89,15 @@ def train(
     held_out: Sequence[Episode],
     steps: int,
     *,
+    draft_length: int | None = None,
     seconds: float | None = None,
     evaluate_every: int = 200,
     progress: Callable[[StepMetrics, CurvePoint | None], None] = lambda metrics, point: None,
 ) -> Trained:
-    """Train until `steps` are done, or `seconds` have passed; the acceptance on `held_out` is measured now and then."""
+    """Train until `steps` are done, or `seconds` have passed.
+
+    Now and then the acceptance on `held_out` is measured at `draft_length`, see `DrafterTrainer.acceptance`.
+    """
     start = time.perf_counter()
     done: list[StepMetrics] = []
     curve: list[CurvePoint] = []
@@ -156,7 +107,7 @@ def train(
         last = trainer.steps_done == steps or (seconds is not None and elapsed > seconds)
         point = None
         if last or trainer.steps_done % evaluate_every == 0:
-            point = CurvePoint(elapsed, trainer.steps_done, trainer.acceptance(held_out))
+            point = CurvePoint(elapsed, trainer.steps_done, trainer.acceptance(held_out, draft_length))
             curve.append(point)
         progress(done[-1], point)
         if last:
@@ -165,10 +116,17 @@ def train(
 
 
 def new_trainer(
-    target: Decoder, spec: EagleSpec, config: TrainConfig, draft_tokens: Tensor | None = None
+    target: Decoder,
+    spec: EagleSpec,
+    config: TrainConfig,
+    draft_tokens: Tensor | None = None,
+    sequences: Sequence[Tensor] = (),
 ) -> DrafterTrainer:
-    """A trainer of a new drafter for `target`, on its device."""
+    """A trainer of a new drafter for `target`, on its device; with `sequences`, see `start_as_last_layer`, else random."""
     tensors = TargetTensors.of(target)
     module = EagleModule(spec, draft_tokens, seed=config.seed)
     module.head_from(tensors)
-    return DrafterTrainer(module.to(target.weights.embed.device), tensors, config)
+    module = module.to(target.weights.embed.device)
+    if sequences:
+        start_as_last_layer(module, target, sequences)
+    return DrafterTrainer(module, tensors, config)

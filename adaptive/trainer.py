@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class TrainConfig:
 
     Attributes:
         learning_rate: Of AdamW, after the warm-up.
+        relative_rate: Multiply the rate of each matrix by sqrt(H) times the root mean square of its weights, about 1 for a
+            random start: what works on a small scale moves in small steps (Shazeer and Stern 2018, arXiv 1804.04235).
         warmup_steps: Micro-batches over which the rate rises from 0.
         total_steps: Micro-batches over which it then falls to `final_rate` of itself, along a half cosine; None:
             it stays, as for training that has no end.
@@ -53,6 +55,7 @@ class TrainConfig:
     """
 
     learning_rate: float = 2e-3
+    relative_rate: bool = False
     warmup_steps: int = 30
     total_steps: int | None = None
     final_rate: float = 0.1
@@ -94,6 +97,17 @@ class TrainConfig:
                 raise invalid(name, getattr(self, name), "give total_steps, or leave it out")
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
             raise invalid("total_steps", self.total_steps, f"must exceed warmup_steps={self.warmup_steps}")
+
+    def without_end(self) -> TrainConfig:
+        """For training that goes on from where this one led: with its last loss, at a third of its rate."""
+        return replace(
+            self,
+            learning_rate=self.learning_rate / 3,
+            total_steps=None,
+            first_unroll=None,
+            objective=self.last_objective or self.objective,
+            last_objective=None,
+        )
 
     @property
     def average_share(self) -> float:
@@ -171,7 +185,9 @@ class DrafterTrainer:
         self._bfloat16 = self.config.autocast and _multiplies_bfloat16(target.embed.device)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            self._parameters, betas=self.config.betas, weight_decay=self.config.weight_decay
+            [{"params": [p]} for p in self._parameters],
+            betas=self.config.betas,
+            weight_decay=self.config.weight_decay,
         )
         self._average: dict[str, Tensor] = {}
         if self.config.average_share:
@@ -208,8 +224,8 @@ class DrafterTrainer:
             reduce([p.grad for p in self._parameters if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.gradient_clip)
         rate = config.rate(self.steps_done)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        for group, scale in zip(self._optimizer.param_groups, self._scales(), strict=True):
+            group["lr"] = rate * scale
         if not torch.isfinite(norm):
             raise TrainingError(
                 f"step {self.steps_done}: the gradient is {norm.item()}; lower learning_rate={config.learning_rate}"
@@ -221,6 +237,16 @@ class DrafterTrainer:
         step, self.steps_done = self.steps_done, self.steps_done + 1
         shares = tuple(torch.stack(alpha).tolist())
         return StepMetrics(step, loss.item(), shares, int((batch.weights > 0).sum()), norm.item(), rate)
+
+    def _scales(self) -> list[float]:
+        """Of the rate, by parameter, see `TrainConfig.relative_rate`."""
+        scales = [1.0] * len(self._parameters)
+        if self.config.relative_rate:
+            matrices = [(i, p) for i, p in enumerate(self._parameters) if p.dim() == 2]
+            norms = torch.stack(torch._foreach_norm([p.detach() for _, p in matrices])).tolist()
+            for (i, p), norm in zip(matrices, norms, strict=True):
+                scales[i] = norm * (self.module.spec.hidden_size / p.numel()) ** 0.5
+        return scales
 
     def _begin(self, batch: Batch) -> Tensor | None:
         """Where rounds begin in the next micro-batch, by seed and step."""

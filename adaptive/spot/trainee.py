@@ -21,6 +21,11 @@ from rollout_spec.contracts import invalid
 from rollout_spec.engine import RolloutEngine
 
 
+def usual_config(checkpoint: str = "") -> TrainConfig:
+    """How to train without end: on from a checkpoint as its training led there, or from nothing."""
+    return read_checkpoint(checkpoint).config.without_end() if checkpoint else TrainConfig()
+
+
 class DrafterTrainee:
     """Trains on the sequences that `engine` finishes from now on, under the policy in force and the one before.
 
@@ -73,11 +78,11 @@ class DrafterTrainee:
 
         Args:
             served: With the spec of the drafter.
-            config: How to train.
+            config: How to train; None: `usual_config`.
             checkpoint: Of `rollout-spec drafter train`.
             options: Others of the class.
         """
-        engine, config = served.engine, config or TrainConfig()
+        engine, config = served.engine, config or usual_config(checkpoint)
         if checkpoint:
             module = read_checkpoint(checkpoint).module()
         else:

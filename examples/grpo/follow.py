@@ -1,6 +1,6 @@
 """Does a drafter follow the policy? GRPO with a spot-trained drafter and two frozen ones.
 
-    rollout-spec drafter train examples/arithmetic/policy --out tv --objective kl-tv
+    rollout-spec drafter train examples/arithmetic/policy --out tv
     rollout-spec drafter train examples/arithmetic/policy --out kl --objective kl
     python examples/grpo/follow.py --drafter tv/step-00001600 --kl kl/step-00001600 --out follow
 
@@ -19,6 +19,7 @@ import argparse
 import itertools
 import tempfile
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,9 +28,10 @@ from train import ARITHMETIC, Grpo, sample
 
 from rollout_spec import Completion, RolloutEngine, SamplingParams
 from rollout_spec.adaptive.acceptance import measure
-from rollout_spec.adaptive.checkpoint import read_checkpoint
+from rollout_spec.adaptive.checkpoint import Checkpoint, read_checkpoint
+from rollout_spec.adaptive.features import episodes_of
 from rollout_spec.adaptive.module import EagleModule, TargetTensors
-from rollout_spec.adaptive.offline import CurvePoint, decode, drafting_only, episodes_of, train
+from rollout_spec.adaptive.offline import CurvePoint, decode, drafting_only, train
 from rollout_spec.adaptive.packing import EpisodeBatches
 from rollout_spec.adaptive.samples import Episode
 from rollout_spec.adaptive.spot.checkpoint import begin_from
@@ -37,7 +39,7 @@ from rollout_spec.adaptive.spot.coordinator import SpotOptions
 from rollout_spec.adaptive.spot.local import LocalSpot
 from rollout_spec.adaptive.spot.serving import NotedEngine, ServedEngine
 from rollout_spec.adaptive.spot.trainee import DrafterTrainee
-from rollout_spec.adaptive.trainer import DrafterTrainer, StepMetrics, TrainConfig
+from rollout_spec.adaptive.trainer import DrafterTrainer, StepMetrics
 from rollout_spec.observe.report import Check, EvidenceLevel, Report
 
 DRAFT_LENGTH = 5
@@ -54,13 +56,13 @@ def prompts(count: int, seed: int, split: str) -> list[str]:
 class FollowedGrpo(Grpo):
     """GRPO, and a spot trainer that has `micro_batches` between each rollout and its update."""
 
-    def follow(self, drafter: Path, micro_batches: int, learning_rate: float) -> None:
+    def follow(self, drafter: Path, micro_batches: int, learning_rate: float | None) -> None:
         """Begin with the drafter of a checkpoint."""
         saved = read_checkpoint(drafter)
         served: ServedEngine = NotedEngine(self.engine, saved.spec)
-        config = TrainConfig(
-            learning_rate=learning_rate, warmup_steps=micro_batches, unroll=DRAFT_LENGTH, row_tokens=192
-        )
+        config = replace(saved.config.without_end(), warmup_steps=micro_batches)
+        if learning_rate is not None:
+            config = replace(config, learning_rate=learning_rate)
         trainee = DrafterTrainee.begin(served, config, str(drafter), judged_tokens=2048)
         folder = Path(tempfile.mkdtemp())
         begin_from(folder, saved.module().state_dict())
@@ -127,18 +129,17 @@ class Judge:
 
 
 def retrain(
-    judge: Judge, module: EagleModule, count: int, steps: int, seed: int
+    judge: Judge, saved: Checkpoint, count: int, steps: int, seed: int
 ) -> tuple[EagleModule, list[CurvePoint]]:
-    """Train a copy of `module` on new rollouts of the judge's policy; its held-out curve shows whether it converged."""
+    """Train the drafter on, on new rollouts of the judge's policy; its held-out curve shows whether it converged."""
+    module = saved.module()
     texts = prompts(count, seed=100 + seed, split="train")
     episodes = judge.episodes(module, texts, seed=2)
     held = len(episodes) // 10
-    copied = EagleModule(module.spec, module.draft_tokens)
-    copied.load_state_dict(module.state_dict())
-    config = TrainConfig(
-        learning_rate=2e-3, total_steps=steps, final_rate=0.02, row_tokens=192, unroll=DRAFT_LENGTH
+    config = replace(
+        saved.config.without_end(), learning_rate=saved.config.learning_rate, total_steps=steps, average=0.0
     )
-    trainer = DrafterTrainer(copied, judge.target, config)
+    trainer = DrafterTrainer(module, judge.target, config)
 
     def progress(metrics: StepMetrics, point: CurvePoint | None) -> None:
         if point is not None:
@@ -146,9 +147,10 @@ def retrain(
 
     batches = EpisodeBatches(episodes[held:], 512, seed=seed)
     done = train(
-        trainer, batches, episodes[:held], steps, evaluate_every=max(1, steps // 6), progress=progress
-    )
-    return copied, list(done.curve)
+        trainer, batches, episodes[:held], steps,
+        draft_length=DRAFT_LENGTH, evaluate_every=max(1, steps // 6), progress=progress,
+    )  # fmt: skip
+    return module, list(done.curve)
 
 
 def plot(
@@ -181,7 +183,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, help="answers per problem")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of the policy, relative to a tensor's size")
     parser.add_argument("--micro-batches", type=int, default=32, help="of the drafter per step")
-    parser.add_argument("--drafter-lr", type=float, default=1e-3)
+    parser.add_argument("--drafter-lr", type=float, help="default: a third of its training's")
     parser.add_argument("--judged", type=int, default=96, help="held-out prompts")
     parser.add_argument("--every", type=int, default=10, help="steps between judgements")
     parser.add_argument("--retrain-prompts", type=int, default=6000)
@@ -195,11 +197,11 @@ def main() -> None:
         longest_chain=LONGEST_CHAIN, max_tokens=MAX_TOKENS, seed=args.seed,
     )  # fmt: skip
     run.follow(args.drafter, args.micro_batches, args.drafter_lr)
-    judge = Judge(args.judged)
-    drafters = {"frozen": read_checkpoint(args.drafter).module()}
+    judge, saved = Judge(args.judged), read_checkpoint(args.drafter)
+    drafters = {"frozen": saved.module()}
     if args.kl is not None:
         drafters["frozen, trained for KL"] = read_checkpoint(args.kl).module()
-    spot = drafters["spot-trained"] = read_checkpoint(args.drafter).module()
+    spot = drafters["spot-trained"] = saved.module()
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in drafters}
 
     for step in itertools.count():
@@ -218,7 +220,7 @@ def main() -> None:
             f"step {step}: reward {run.log.rewards[-1]:.3f}, rollout {run.log.rollout[-1]:.1f} s", flush=True
         )
 
-    retrained, curve = retrain(judge, drafters["frozen"], args.retrain_prompts, args.retrain_steps, args.seed)
+    retrained, curve = retrain(judge, saved, args.retrain_prompts, args.retrain_steps, args.seed)
     drafters["retrained on the final policy"] = retrained
     decoded = judge.decoded(drafters)
     frozen, followed, best = (

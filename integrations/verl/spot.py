@@ -11,7 +11,7 @@ import atexit
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +30,7 @@ class SpotTraining:
     Attributes:
         kind: Of the drafter, see `EagleSpec`.
         checkpoint: Folder of `rollout-spec drafter train` to begin from; empty: from random weights.
-        learning_rate: Of AdamW.
+        learning_rate: Of AdamW; None: a third of that of the checkpoint's training, or `TrainConfig`'s own.
         batch_tokens: Of a micro-batch; a request waits for one at most.
         buffer_bytes: Of the answers kept to train on.
         publish_every: Rounds of 8 micro-batches between two looks whether to publish.
@@ -39,7 +39,7 @@ class SpotTraining:
 
     kind: Literal["eagle", "eagle3"] = "eagle"
     checkpoint: str = ""
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     batch_tokens: int = 512
     buffer_bytes: int = 256 << 20
     publish_every: int = 4
@@ -65,7 +65,7 @@ class SpotTraining:
             value = getattr(options, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise invalid(f"spot_training.{name}", value, "use an integer >= 1")
-        if not options.learning_rate > 0:
+        if options.learning_rate is not None and not options.learning_rate > 0:
             raise invalid("spot_training.learning_rate", options.learning_rate, "use a number > 0")
         if options.kind not in ("eagle", "eagle3"):
             raise invalid("spot_training.kind", options.kind, "use eagle or eagle3")
@@ -92,14 +92,14 @@ class IdleTraining:
         from rollout_spec.adaptive.spot.coordinator import SpotOptions
         from rollout_spec.adaptive.spot.local import LocalSpot
         from rollout_spec.adaptive.spot.serving import ServedEngine
-        from rollout_spec.adaptive.spot.trainee import DrafterTrainee
-        from rollout_spec.adaptive.trainer import TrainConfig
+        from rollout_spec.adaptive.spot.trainee import DrafterTrainee, usual_config
         from rollout_spec.drafters.eagle_spec import EagleSpec
 
         served = ServedEngine(engine, EagleSpec.for_target(engine.backend.spec, options.kind))
+        config = usual_config(options.checkpoint)
         trainee = DrafterTrainee.begin(
             served,
-            TrainConfig(learning_rate=options.learning_rate, seed=options.seed),
+            replace(config, learning_rate=options.learning_rate or config.learning_rate, seed=options.seed),
             options.checkpoint,
             batch_tokens=options.batch_tokens,
             budget_bytes=options.buffer_bytes,

@@ -17,6 +17,7 @@ from rich.console import Console
 from rollout_spec.adaptive.acceptance import Acceptance, measure
 from rollout_spec.adaptive.checkpoint import Checkpointer, read_checkpoint
 from rollout_spec.adaptive.export import LAYOUTS, export
+from rollout_spec.adaptive.features import episodes_of
 from rollout_spec.adaptive.losses import Objective
 from rollout_spec.adaptive.module import EagleModule, TargetTensors
 from rollout_spec.adaptive.offline import (
@@ -24,7 +25,6 @@ from rollout_spec.adaptive.offline import (
     Trained,
     decode,
     drafting_only,
-    episodes_of,
     new_trainer,
     roll_out,
     train,
@@ -47,7 +47,10 @@ _OBJECTIVES: dict[str, tuple[Objective, Objective | None]] = {
     "kl-tv": (Objective(), _TV),
     "tv": (_TV, None),
     "eagle": (Objective(feature=1.0, kl=0.1), None),
+    "eagle-tv": (Objective(feature=10.0, kl=0.3, tv=1.0), Objective(feature=10.0, kl=0.1, tv=1.0)),
 }
+_STARTS = ("layer", "random")
+_RATES = {"layer": 7e-4, "random": 3e-3}
 
 
 @click.group()
@@ -66,13 +69,31 @@ def command() -> None:
 @click.option(
     "--coverage", type=float, help="Reduce the draft vocabulary to this share of sampled tokens (eagle3)."
 )
-@click.option("--objective", type=click.Choice(tuple(_OBJECTIVES)), default="kl", show_default=True)
+@click.option(
+    "--start",
+    type=click.Choice(_STARTS),
+    help="The target's last layer (default of 'eagle'), or random weights (of 'eagle3').",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(tuple(_OBJECTIVES)),
+    help="Default: 'eagle-tv' for the target's last layer, else 'kl'.",
+)
 @click.option("--steps", type=click.IntRange(1), default=1600, show_default=True, help="Micro-batches.")
 @click.option("--minutes", type=float, help="Stop training after this, too.")
 @click.option("--batch-tokens", type=click.IntRange(1), default=512, show_default=True)
-@click.option("--learning-rate", type=float, default=3e-3, show_default=True)
+@click.option("--learning-rate", type=float, help="Default: 0.0007 for the target's last layer, else 0.003.")
 @click.option(
-    "--unroll", type=click.IntRange(1), default=5, show_default=True, help="Draft length trained for."
+    "--draft-length",
+    type=click.IntRange(1, 64),
+    default=5,
+    show_default=True,
+    help="K that acceptance is measured at.",
+)
+@click.option(
+    "--unroll",
+    type=click.IntRange(1),
+    help="Steps on its own states in training; default: 3 for the target's last layer, else --draft-length.",
 )
 @click.option(
     "--first-unroll",
@@ -101,12 +122,14 @@ def train_command(
     max_tokens: int,
     kind: Any,
     coverage: float | None,
-    objective: str,
+    start: str | None,
+    objective: str | None,
     steps: int,
     minutes: float | None,
     batch_tokens: int,
-    learning_rate: float,
-    unroll: int,
+    learning_rate: float | None,
+    draft_length: int,
+    unroll: int | None,
     first_unroll: int,
     decoded: int,
     seed: int,
@@ -120,9 +143,18 @@ def train_command(
         raise invalid("--png", str(png), "needs matplotlib: install rollout-spec[plots]")
     if coverage is not None and kind == "eagle":
         raise invalid("--coverage", coverage, "kind 'eagle' uses the target's head; use --kind eagle3")
+    start = start or ("layer" if kind == "eagle" else "random")
+    if start == "layer" and kind != "eagle":
+        raise invalid(
+            "--start", start, "only 'eagle' can start as the target's last layer; use --start random"
+        )
+    objective = objective or ("eagle-tv" if start == "layer" else "kl")
+    unroll = unroll or (min(3, draft_length) if start == "layer" else draft_length)
     warmup = min(30, steps // 4)
     config = TrainConfig(
-        learning_rate=learning_rate,
+        learning_rate=learning_rate or _RATES[start],
+        relative_rate=start == "layer",
+        final_rate=0.02 if start == "layer" else 0.1,
         warmup_steps=warmup,
         total_steps=steps,
         unroll=unroll,
@@ -152,7 +184,8 @@ def train_command(
             spec = EagleSpec.for_target(engine.backend.spec, kind, draft_vocab_size=len(tokens))
     episodes = episodes_of(target, spec, completions)
     held_out, taught = episodes[: held * n], episodes[held * n :]
-    trainer = new_trainer(target, spec, config, tokens)
+    sampled = [episode.tokens for episode in taught] if start == "layer" else ()
+    trainer = new_trainer(target, spec, config, tokens, sampled)
     clock["features"] = time.perf_counter() - began
 
     def progress(metrics: StepMetrics, point: CurvePoint | None) -> None:
@@ -167,7 +200,9 @@ def train_command(
     batches = EpisodeBatches(taught, batch_tokens, seed=seed)
     seconds = None if minutes is None else 60 * minutes
     began = time.perf_counter()
-    done = train(trainer, batches, held_out, steps, seconds=seconds, progress=progress)
+    done = train(
+        trainer, batches, held_out, steps, draft_length=draft_length, seconds=seconds, progress=progress
+    )
     clock["training"] = time.perf_counter() - began
     saver = Checkpointer(out)
     folder = saver.save(trainer, extra=batches.state_dict()).result()
@@ -179,10 +214,11 @@ def train_command(
     results = {
         "checkpoint": str(folder),
         "spec": spec.to_dict(),
+        "start": start,
         "config": asdict(config),
         "seconds": clock,
         "sampled_tokens": sum(len(c.token_ids) for c in completions),
-        "decoded": _decoded(model, trainer.module, new[:decoded], max_tokens, unroll, seed, console),
+        "decoded": _decoded(model, trainer.module, new[:decoded], max_tokens, draft_length, seed, console),
         **done.to_dict(),
     }
     finish(Report("drafter train", results, evidence_level=EvidenceLevel.L1, seed=seed), json_path, console)

@@ -9,8 +9,8 @@ import torch
 
 from rollout_spec import RolloutEngine
 from rollout_spec.adaptive.checkpoint import Checkpoint, read_checkpoint, write_drafter
+from rollout_spec.adaptive.features import features_of
 from rollout_spec.adaptive.module import EagleModule, TargetTensors
-from rollout_spec.adaptive.offline import features_of
 from rollout_spec.adaptive.packing import pack
 from rollout_spec.adaptive.samples import Episode
 from rollout_spec.adaptive.trainer import TrainConfig
@@ -46,7 +46,7 @@ def drafted(engine, saved):
     """Log-probabilities among the real tokens in every draft step along the texts."""
     target = engine.backend.weights.target
     tokens = [torch.tensor([ord(c) for c in text]) for text in TEXTS]
-    features = features_of(target, saved.spec, tokens)
+    features = features_of(target, saved.spec.feature_layers, tokens)
     batch = pack([Episode(str(i), t, f, 1, 0) for i, (t, f) in enumerate(zip(tokens, features))], 16)
     module, lent = saved.module(), TargetTensors.of(target)
     with torch.no_grad():

@@ -213,3 +213,30 @@ def test_unrolling_rises_to_its_length_and_stays():
 def test_a_first_unrolling_that_cannot_rise_is_refused(options):
     with pytest.raises(InvalidRequest, match="first_unroll"):
         TrainConfig(**options)
+
+
+def test_relative_rates_follow_the_scale_of_a_matrix():
+    trainer = make_trainer(config=replace(CONFIG, relative_rate=True, learning_rate=1e-3, warmup_steps=0))
+    module = trainer.module
+    small, norm = "layers.0.mlp.down_proj.weight", "layers.0.post_attention_layernorm.weight"
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    with torch.no_grad():
+        module.get_parameter(small).mul_(0.01)
+        before[small].mul_(0.01)
+    trainer.step(make_episodes(module.spec))
+    for name, parameter in module.named_parameters():
+        moved = (parameter - before[name]).abs().max().item()  # the first step of Adam is the rate itself
+        rms = before[name].square().mean().sqrt().item()
+        wanted = 1e-3 if name == norm else 1e-3 * rms * module.spec.hidden_size**0.5
+        assert moved == pytest.approx(wanted, rel=0.01), name
+
+
+def test_training_without_end_goes_on_from_where_one_with_an_end_led():
+    ended = replace(
+        CONFIG, total_steps=90, first_unroll=1, objective=Objective(), last_objective=Objective(tv=2.0)
+    )
+    config = ended.without_end()
+    assert config.learning_rate == pytest.approx(CONFIG.learning_rate / 3)
+    assert [config.unrolled(step) for step in (0, 500)] == [2, 2]
+    assert config.loss(0) == config.loss(500) == Objective(tv=2.0)
+    assert config.rate(400) == config.rate(4000) == config.learning_rate and config.average_share == 0.99

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from rollout_spec import SamplingParams
+from rollout_spec.adaptive.checkpoint import Checkpointer
 from rollout_spec.adaptive.module import EagleModule
 from rollout_spec.adaptive.samples import Episode
 from rollout_spec.adaptive.spot.checkpoint import begin_from
 from rollout_spec.adaptive.spot.coordinator import SpotOptions
 from rollout_spec.adaptive.spot.local import LocalSpot
 from rollout_spec.adaptive.spot.serving import ServedEngine
-from rollout_spec.adaptive.spot.trainee import DrafterTrainee
-from rollout_spec.adaptive.trainer import TrainConfig
+from rollout_spec.adaptive.spot.trainee import DrafterTrainee, usual_config
+from rollout_spec.adaptive.trainer import DrafterTrainer, TrainConfig
 from rollout_spec.contracts import InvalidRequest
 
 from ..serving_toys import make_engine, make_model, make_spec, prompts
@@ -174,3 +175,17 @@ def test_requests_named_alike_are_not_all_held_out_or_all_taught() -> None:
     for row in range(64):
         trainee.add(Episode(f"0-0-{row}/0", tokens, features, 1, 0))
     assert 16 < len(trainee.judged) < 48 and len(trainee.taught) + len(trainee.judged) == 64
+
+
+def test_from_a_checkpoint_it_goes_on_as_that_was_trained(tmp_path: Path) -> None:
+    served, trainee = make()
+    roll_out(served)
+    trained = DrafterTrainer(
+        trainee.trainer.module, trainee.trainer.target, replace(CONFIG, total_steps=9, relative_rate=True)
+    )
+    saver = Checkpointer(tmp_path)
+    folder = str(saver.save(trained).result())
+    saver.close()
+    config = DrafterTrainee.begin(served, checkpoint=folder).trainer.config
+    assert config == trained.config.without_end() and config.relative_rate and config.total_steps is None
+    assert usual_config() == TrainConfig()
