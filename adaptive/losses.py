@@ -90,3 +90,7 @@ class Objective:
             if weight
         ]
         return torch.stack(terms).sum(0)
+
+
+EAGLE_TV = Objective(feature=10.0, kl=0.1, tv=1.0)
+"""Acceptance itself, while states stay such that the drafter can read them in place of features, without many steps of unrolling."""

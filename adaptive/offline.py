@@ -122,11 +122,11 @@ def new_trainer(
     draft_tokens: Tensor | None = None,
     sequences: Sequence[Tensor] = (),
 ) -> DrafterTrainer:
-    """A trainer of a new drafter for `target`, on its device; with `sequences`, see `start_as_last_layer`, else random."""
+    """A trainer of a new drafter for `target`, on its device; `sequences` are for `start_as_last_layer`."""
     tensors = TargetTensors.of(target)
     module = EagleModule(spec, draft_tokens, seed=config.seed)
     module.head_from(tensors)
-    module = module.to(target.weights.embed.device)
-    if sequences:
-        start_as_last_layer(module, target, sequences)
-    return DrafterTrainer(module, tensors, config)
+    trainer = DrafterTrainer(module.to(target.weights.embed.device), tensors, config)
+    if config.start == "layer":
+        trainer.restart(lambda module: start_as_last_layer(module, target, sequences))
+    return trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class TrainConfig:
     """How to train.
 
     Attributes:
+        start: Of a new drafter: `random`, or `layer`, see `start_as_last_layer`; for kind `eagle`.
         learning_rate: Of AdamW, after the warm-up.
         relative_rate: Multiply the rate of each matrix by sqrt(H) times the root mean square of its weights, about 1 for a
             random start: what works on a small scale moves in small steps (Shazeer and Stern 2018, arXiv 1804.04235).
@@ -54,6 +55,7 @@ class TrainConfig:
         seed: Of the initial weights.
     """
 
+    start: Literal["random", "layer"] = "random"
     learning_rate: float = 2e-3
     relative_rate: bool = False
     warmup_steps: int = 30
@@ -75,6 +77,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.start not in ("random", "layer"):
+            raise invalid("start", self.start, "use random or layer")
         for name in ("learning_rate", "gradient_clip", "step_decay"):
             if not getattr(self, name) > 0:
                 raise invalid(name, getattr(self, name), "use a number > 0")
@@ -174,13 +178,15 @@ class DrafterTrainer:
         config: How.
 
     Raises:
-        InvalidRequest: The objective does not fit the kind of drafter.
+        InvalidRequest: The objective or the start does not fit the kind of drafter.
     """
 
     def __init__(self, module: EagleModule, target: TargetTensors, config: TrainConfig | None = None) -> None:
         self.module, self.target, self.config = module, target, config or TrainConfig()
         for objective in (self.config.objective, self.config.last_objective or self.config.objective):
             objective.check(module.spec.kind)
+        if self.config.start == "layer" and module.spec.kind != "eagle":
+            raise invalid("start", "layer", f"kind {module.spec.kind!r} cannot; use random")
         self.steps_done = 0
         self._bfloat16 = self.config.autocast and _multiplies_bfloat16(target.embed.device)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
@@ -255,6 +261,12 @@ class DrafterTrainer:
             return None
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.steps_done)
         return (torch.rand(batch.tokens.shape, generator=generator) < share).to(self.device)
+
+    def restart(self, start: Callable[[EagleModule], None]) -> None:
+        """Before the first step: let `start` overwrite the weights, and average from there."""
+        start(self.module)
+        for name, tensor in self._average.items():
+            tensor.copy_(self.module.state_dict()[name])
 
     def acceptance(self, episodes: Sequence[Episode], draft_length: int | None = None) -> Acceptance:
         """Expected acceptance on held-out episodes, see `acceptance.measure`; None: at the length it is unrolled to."""

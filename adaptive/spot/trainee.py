@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,18 +13,30 @@ from rollout_spec.adaptive.acceptance import measure
 from rollout_spec.adaptive.buffer import EpisodeBuffer
 from rollout_spec.adaptive.capture import FeatureCapture
 from rollout_spec.adaptive.checkpoint import read_checkpoint
+from rollout_spec.adaptive.last_layer import start_as_last_layer
+from rollout_spec.adaptive.losses import EAGLE_TV
 from rollout_spec.adaptive.module import EagleModule, TargetTensors
 from rollout_spec.adaptive.samples import Episode
 from rollout_spec.adaptive.spot.protocol import Tensors
 from rollout_spec.adaptive.spot.serving import ServedEngine
 from rollout_spec.adaptive.trainer import DrafterTrainer, TrainConfig
 from rollout_spec.contracts import invalid
+from rollout_spec.drafters.eagle_spec import Kind
 from rollout_spec.engine import RolloutEngine
 
+logger = logging.getLogger("rollout_spec")
 
-def usual_config(checkpoint: str = "") -> TrainConfig:
+
+def usual_config(checkpoint: str = "", kind: Kind = "eagle") -> TrainConfig:
     """How to train without end: on from a checkpoint as its training led there, or from nothing."""
-    return read_checkpoint(checkpoint).config.without_end() if checkpoint else TrainConfig()
+    if checkpoint:
+        return read_checkpoint(checkpoint).config.without_end()
+    if kind != "eagle":
+        return TrainConfig()
+    return TrainConfig(start="layer", learning_rate=2.5e-4, relative_rate=True, unroll=3, objective=EAGLE_TV)
+
+
+_START_PAIRS = 16  # to fit the start to, per channel of the target
 
 
 class DrafterTrainee:
@@ -35,6 +48,7 @@ class DrafterTrainee:
         engine: On the torch backend.
         module: Where training begins; trained in place.
         config: How; without `total_steps`, for this training has no end.
+        new: Whether the module is, so that the first micro-batch begins with `TrainConfig.start`.
         batch_tokens: Of a micro-batch, about.
         held_out: See above.
         judged_tokens: At most so many tokens, the latest, judge a candidate, and so bound how long a check takes.
@@ -53,6 +67,7 @@ class DrafterTrainee:
         module: EagleModule,
         config: TrainConfig | None = None,
         *,
+        new: bool = False,
         batch_tokens: int = 512,
         held_out: int = 8,
         judged_tokens: int = 4096,
@@ -63,6 +78,7 @@ class DrafterTrainee:
             raise invalid("held_out", held_out, "use an integer >= 2: one request in so many is held out")
         self._engine, self._held_out, self._judged_tokens = engine, held_out, judged_tokens
         self.trainer = DrafterTrainer(module, self._lent(), config)
+        self._new = new and self.trainer.config.start == "layer"
         self._version: int | None = engine.backend.weights.version
         self._judge = EagleModule(module.spec, module.draft_tokens).to(self.trainer.device)
         self.taught = EpisodeBuffer(budget_bytes, seed=seed)
@@ -82,14 +98,15 @@ class DrafterTrainee:
             checkpoint: Of `rollout-spec drafter train`.
             options: Others of the class.
         """
-        engine, config = served.engine, config or usual_config(checkpoint)
+        engine = served.engine
         if checkpoint:
             module = read_checkpoint(checkpoint).module()
+        elif served.spec is None:
+            raise invalid("spec", None, "give the served engine the EagleSpec of the drafter to train")
         else:
-            if served.spec is None:
-                raise invalid("spec", None, "give the served engine the EagleSpec of the drafter to train")
-            module = EagleModule(served.spec, seed=config.seed)
-        return cls(engine, module.to(engine.backend.device), config, **options)
+            module = EagleModule(served.spec, seed=0 if config is None else config.seed)
+        config = config or usual_config(checkpoint, module.spec.kind)
+        return cls(engine, module.to(engine.backend.device), config, new=not checkpoint, **options)
 
     @property
     def bytes(self) -> int:
@@ -109,8 +126,29 @@ class DrafterTrainee:
     def micro_step(self) -> float | None:
         """One update."""
         self._follow_policy()
+        if self._new:
+            self._start()
         batch = next(self.taught.batches(self._batch_tokens), None)
         return None if batch is None else self.trainer.step(batch).loss
+
+    def _start(self) -> None:
+        """As the target's last layer, fitted to few samples, for it may take no longer than a micro-batch or two."""
+        pairs, sequences = _START_PAIRS * self.trainer.module.spec.hidden_size, list[Tensor]()
+        for episode in self.taught.episodes():
+            if pairs > 0:
+                sequences.append(episode.tokens)
+                pairs -= len(episode.tokens) - 1
+        if pairs <= 0:
+            target = self._engine.backend.weights.target
+            self.trainer.restart(lambda module: start_as_last_layer(module, target, sequences))
+        elif not sequences:
+            return  # nothing to train on either
+        else:
+            logger.warning(
+                "spot training begins from random weights: a start as the target's last layer takes %d more tokens",
+                pairs,
+            )
+        self._new = False
 
     def state(self) -> dict[str, Tensor]:
         """Weights and moments."""
@@ -119,6 +157,7 @@ class DrafterTrainee:
     def load(self, state: Tensors) -> None:
         """Take a state over."""
         self.trainer.take(state)
+        self._new = False
 
     def candidate(self) -> dict[str, Tensor]:
         """The drafter by its checkpoint names, with averaged weights if the training keeps them."""

@@ -96,7 +96,7 @@ class IdleTraining:
         from rollout_spec.drafters.eagle_spec import EagleSpec
 
         served = ServedEngine(engine, EagleSpec.for_target(engine.backend.spec, options.kind))
-        config = usual_config(options.checkpoint)
+        config = usual_config(options.checkpoint, options.kind)
         trainee = DrafterTrainee.begin(
             served,
             replace(config, learning_rate=options.learning_rate or config.learning_rate, seed=options.seed),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rollout_spec.adaptive.acceptance import Acceptance, measure
 from rollout_spec.adaptive.checkpoint import Checkpointer, read_checkpoint
 from rollout_spec.adaptive.export import LAYOUTS, export
 from rollout_spec.adaptive.features import episodes_of
-from rollout_spec.adaptive.losses import Objective
+from rollout_spec.adaptive.losses import EAGLE_TV, Objective
 from rollout_spec.adaptive.module import EagleModule, TargetTensors
 from rollout_spec.adaptive.offline import (
     CurvePoint,
@@ -47,9 +47,8 @@ _OBJECTIVES: dict[str, tuple[Objective, Objective | None]] = {
     "kl-tv": (Objective(), _TV),
     "tv": (_TV, None),
     "eagle": (Objective(feature=1.0, kl=0.1), None),
-    "eagle-tv": (Objective(feature=10.0, kl=0.3, tv=1.0), Objective(feature=10.0, kl=0.1, tv=1.0)),
+    "eagle-tv": (replace(EAGLE_TV, kl=0.3), EAGLE_TV),
 }
-_STARTS = ("layer", "random")
 _RATES = {"layer": 7e-4, "random": 3e-3}
 
 
@@ -71,7 +70,7 @@ def command() -> None:
 )
 @click.option(
     "--start",
-    type=click.Choice(_STARTS),
+    type=click.Choice(tuple(_RATES)),
     help="The target's last layer (default of 'eagle'), or random weights (of 'eagle3').",
 )
 @click.option(
@@ -145,13 +144,12 @@ def train_command(
         raise invalid("--coverage", coverage, "kind 'eagle' uses the target's head; use --kind eagle3")
     start = start or ("layer" if kind == "eagle" else "random")
     if start == "layer" and kind != "eagle":
-        raise invalid(
-            "--start", start, "only 'eagle' can start as the target's last layer; use --start random"
-        )
+        raise invalid("--start", start, f"kind {kind!r} cannot; use --start random")
     objective = objective or ("eagle-tv" if start == "layer" else "kl")
     unroll = unroll or (min(3, draft_length) if start == "layer" else draft_length)
     warmup = min(30, steps // 4)
     config = TrainConfig(
+        start=start,  # type: ignore[arg-type]
         learning_rate=learning_rate or _RATES[start],
         relative_rate=start == "layer",
         final_rate=0.02 if start == "layer" else 0.1,
@@ -184,8 +182,7 @@ def train_command(
             spec = EagleSpec.for_target(engine.backend.spec, kind, draft_vocab_size=len(tokens))
     episodes = episodes_of(target, spec, completions)
     held_out, taught = episodes[: held * n], episodes[held * n :]
-    sampled = [episode.tokens for episode in taught] if start == "layer" else ()
-    trainer = new_trainer(target, spec, config, tokens, sampled)
+    trainer = new_trainer(target, spec, config, tokens, [episode.tokens for episode in taught])
     clock["features"] = time.perf_counter() - began
 
     def progress(metrics: StepMetrics, point: CurvePoint | None) -> None:
@@ -214,7 +211,6 @@ def train_command(
     results = {
         "checkpoint": str(folder),
         "spec": spec.to_dict(),
-        "start": start,
         "config": asdict(config),
         "seconds": clock,
         "sampled_tokens": sum(len(c.token_ids) for c in completions),

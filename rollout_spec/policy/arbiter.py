@@ -16,7 +16,7 @@ _PRIOR = 8.0  # passes (in units of gain) after which what was seen weighs as mu
 _MEMORY = 400.0  # passes of an arm over which what was seen loses weight 1/e
 _SPREAD = 0.5  # how wrong a prediction may be (standard deviation of the log), for optimism
 _BUCKET_SPREAD = 0.15  # and by how much more one bucket differs from another
-_SAVINGS = 2.0  # plain passes that the exploration budget may save up: most that tries can lose in a short rollout
+_SAVINGS = 2.0  # plain passes that the budget may save up: most that tries can lose in a short rollout
 _LEAST_LOSS = 0.02  # of a plain pass: no trial counts as free
 _CLIP = 8.0  # one pass may not say more than this factor
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rollout_spec import SamplingParams
 from rollout_spec.adaptive.checkpoint import Checkpointer
+from rollout_spec.adaptive.last_layer import start_as_last_layer
 from rollout_spec.adaptive.module import EagleModule
 from rollout_spec.adaptive.samples import Episode
 from rollout_spec.adaptive.spot.checkpoint import begin_from
@@ -188,4 +190,52 @@ def test_from_a_checkpoint_it_goes_on_as_that_was_trained(tmp_path: Path) -> Non
     saver.close()
     config = DrafterTrainee.begin(served, checkpoint=folder).trainer.config
     assert config == trained.config.without_end() and config.relative_rate and config.total_steps is None
-    assert usual_config() == TrainConfig()
+    assert usual_config().start == "layer" and usual_config(kind="eagle3") == TrainConfig()
+
+
+def from_nothing() -> tuple[ServedEngine, DrafterTrainee]:
+    """An eagle drafter trained as is usual."""
+    served, _ = make()
+    return served, DrafterTrainee.begin(served, batch_tokens=64)
+
+
+def test_a_new_drafter_starts_as_the_targets_last_layer(caplog: pytest.LogCaptureFixture) -> None:
+    served, trainee = from_nothing()
+    module = trainee.trainer.module
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert trainee.micro_step() is None, "nothing to train on yet"
+    for name in "abcdef":
+        roll_out(served, name)
+    assert trainee.micro_step() is not None
+    wanted = EagleModule(module.spec)
+    start_as_last_layer(
+        wanted, served.engine.backend.weights.target, [e.tokens for e in trainee.taught.episodes()]
+    )
+    down = "layers.0.mlp.down_proj.weight"  # does not depend on what was sampled, but for its scale
+    for found in (module.state_dict(), trainee.candidate()):
+        alike = F.cosine_similarity(found[down].flatten(), wanted.state_dict()[down].flatten(), dim=0)
+        assert alike > 0.99 and not torch.equal(found[down], before[down])
+    after = module.state_dict()[down].clone()
+    trainee.micro_step()
+    assert F.cosine_similarity(module.state_dict()[down].flatten(), after.flatten(), dim=0) > 0.999, (
+        "but once"
+    )
+    assert not caplog.records
+
+
+def test_a_state_that_others_have_trained_is_gone_on_from() -> None:
+    served, trainee = from_nothing()
+    for name in "abcdef":
+        roll_out(served, name)
+    state = trainee.state()
+    trainee.load(state)
+    trainee.micro_step()
+    name = "weights/layers.0.mlp.down_proj.weight"
+    assert F.cosine_similarity(trainee.state()[name].flatten(), state[name].flatten(), dim=0) > 0.99
+
+
+def test_too_few_samples_for_the_start_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    served, trainee = from_nothing()
+    roll_out(served)
+    assert trainee.micro_step() is not None
+    assert "spot training begins from random weights" in caplog.text
