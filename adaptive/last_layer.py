@@ -24,7 +24,7 @@ from rollout_spec.adaptive.module import EagleModule
 from rollout_spec.contracts import invalid
 from rollout_spec.models.decoder import Decoder
 
-_RIDGE = 1e-3  # of the mean square of what is read
+_PRIOR_PAIRS = 10.0  # that a guess of nothing is worth
 _TOKENS = 65536  # to fit to
 _OFF = 1e-4  # of the largest: a channel that the final norm all but turns off
 
@@ -115,7 +115,7 @@ def _look(target: Decoder, sequences: Sequence[Tensor]) -> _Seen:
             "sequences", f"{count} pairs of tokens", f"give at least {2 * hidden}, better some times as many"
         )
     squares, products, *means = sums
-    squares.diagonal().add_(_RIDGE * squares.diagonal().mean())
+    squares.diagonal().add_(_PRIOR_PAIRS / count * squares.diagonal().mean())
     guess = torch.linalg.solve(squares, products).T.float()
     return _Seen(guess, *(mean / count for mean in means))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +23,6 @@ from rollout_spec.contracts import invalid
 from rollout_spec.drafters.eagle_spec import Kind
 from rollout_spec.engine import RolloutEngine
 
-logger = logging.getLogger("rollout_spec")
-
 
 def usual_config(checkpoint: str = "", kind: Kind = "eagle") -> TrainConfig:
     """How to train without end: on from a checkpoint as its training led there, or from nothing."""
@@ -36,7 +33,7 @@ def usual_config(checkpoint: str = "", kind: Kind = "eagle") -> TrainConfig:
     return TrainConfig(start="layer", learning_rate=2.5e-4, relative_rate=True, unroll=3, objective=EAGLE_TV)
 
 
-_START_PAIRS = 16  # to fit the start to, per channel of the target
+_START_PAIRS = 8  # to fit the start to at most, per channel of the target
 
 
 class DrafterTrainee:
@@ -79,6 +76,12 @@ class DrafterTrainee:
         self._engine, self._held_out, self._judged_tokens = engine, held_out, judged_tokens
         self.trainer = DrafterTrainer(module, self._lent(), config)
         self._new = new and self.trainer.config.start == "layer"
+        least = 2 * module.spec.hidden_size**2 * self.trainer.target.embed.element_size()
+        if self._new and budget_bytes < least:
+            remedy = (
+                f"the start as the target's last layer takes {least} bytes of features; or use start='random'"
+            )
+            raise invalid("budget_bytes", budget_bytes, remedy)
         self._version: int | None = engine.backend.weights.version
         self._judge = EagleModule(module.spec, module.draft_tokens).to(self.trainer.device)
         self.taught = EpisodeBuffer(budget_bytes, seed=seed)
@@ -126,29 +129,24 @@ class DrafterTrainee:
     def micro_step(self) -> float | None:
         """One update."""
         self._follow_policy()
-        if self._new:
-            self._start()
+        if self._new and not self._start():
+            return None
         batch = next(self.taught.batches(self._batch_tokens), None)
         return None if batch is None else self.trainer.step(batch).loss
 
-    def _start(self) -> None:
-        """As the target's last layer, fitted to few samples, for it may take no longer than a micro-batch or two."""
-        pairs, sequences = _START_PAIRS * self.trainer.module.spec.hidden_size, list[Tensor]()
+    def _start(self) -> bool:
+        """Start as the target's last layer, fitted to few samples, for it should not take long; False: too few yet."""
+        hidden, sequences, pairs = self.trainer.module.spec.hidden_size, list[Tensor](), 0
         for episode in self.taught.episodes():
-            if pairs > 0:
+            if pairs < _START_PAIRS * hidden:
                 sequences.append(episode.tokens)
-                pairs -= len(episode.tokens) - 1
-        if pairs <= 0:
-            target = self._engine.backend.weights.target
-            self.trainer.restart(lambda module: start_as_last_layer(module, target, sequences))
-        elif not sequences:
-            return  # nothing to train on either
-        else:
-            logger.warning(
-                "spot training begins from random weights: a start as the target's last layer takes %d more tokens",
-                pairs,
-            )
+                pairs += len(episode.tokens) - 1
+        if pairs < 2 * hidden:
+            return False
+        target = self._engine.backend.weights.target
+        self.trainer.restart(lambda module: start_as_last_layer(module, target, sequences))
         self._new = False
+        return True
 
     def state(self) -> dict[str, Tensor]:
         """Weights and moments."""

@@ -6,6 +6,7 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from rollout_spec.adaptive.spot.coordinator import SpotOptions
 from rollout_spec.adaptive.spot.group import SpotGroup
 from rollout_spec.adaptive.spot.protocol import Trainee
 from rollout_spec.adaptive.spot.serving import NotedEngine, ServedEngine, Share
-from rollout_spec.adaptive.spot.trainee import DrafterTrainee
-from rollout_spec.adaptive.trainer import TrainConfig
+from rollout_spec.adaptive.spot.trainee import DrafterTrainee, usual_config
 from rollout_spec.benchmarks.bootstrap import median_interval
 from rollout_spec.contracts import SamplingParams
 from rollout_spec.example_policy import example_folder, load_problems
@@ -68,7 +68,7 @@ def served_policy() -> NotedEngine:
 
 def trainee(role: Path, served: ServedEngine) -> Neighbour:
     """The drafter's real trainer, which can be told to do something else."""
-    config = TrainConfig(warmup_steps=5, row_tokens=192)
+    config = replace(usual_config(), warmup_steps=5, row_tokens=192)
     return Neighbour(DrafterTrainee.begin(served, config, batch_tokens=192, judged_tokens=768), role)
 
 
