@@ -192,6 +192,7 @@ def train_command(
                 f"{point.seconds:6.0f} s  step {point.step:5d}  loss {metrics.loss:.3f}  held out: "
                 f"alpha {found.alpha[0]:.3f}, tau {found.tau:.3f} (coupled {found.tau_coupled:.3f})",
                 highlight=False,
+                soft_wrap=True,
             )
 
     batches = EpisodeBatches(taught, batch_tokens, seed=seed)

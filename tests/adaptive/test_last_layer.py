@@ -14,38 +14,12 @@ from rollout_spec.contracts import InvalidRequest, SamplingParams
 from rollout_spec.drafters.eagle_spec import EagleSpec
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import example_folder, load_problems
-from rollout_spec.models.decoder import Decoder
-from rollout_spec.models.rope import RotaryTable
-from rollout_spec.models.spec import ModelSpec
-from rollout_spec.models.weights import load_weights, weight_shapes
 
-from .training_toys import make_module, make_target
-
-VOCAB = 37
-
-
-def one_layer(change):
-    """A target of one layer without norms of queries and keys, whose embeddings all have the same length."""
-    spec = ModelSpec.from_hf_config(
-        {
-            "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24,
-            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-            "max_position_embeddings": 64, "tie_word_embeddings": False,
-        }
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(5)
-    weights = {}
-    for name, shape in weight_shapes(spec).items():
-        noise = torch.randn(shape, generator=generator)
-        weights[name] = 0.5 * noise if len(shape) == 2 else 1 + 0.3 * noise
-    embed = "model.embed_tokens.weight"
-    weights[embed] = weights[embed].sign()
-    change(weights)
-    made = load_weights(spec, weights.items(), torch.float32)
-    return Decoder(spec, made, RotaryTable(spec, "cpu", torch.float32))
+from .training_toys import VOCAB, make_module, make_target
 
 
 def same_norm_everywhere(weights):
+    """Then the stream has the length of what the drafter makes of it, but for a factor."""
     weights["model.norm.weight"].fill_(0.7)
 
 
@@ -57,7 +31,12 @@ def no_mlp(weights):
 @pytest.mark.parametrize("change", [same_norm_everywhere, no_mlp])
 def test_where_the_guess_is_exact_and_norms_are_linear_it_is_the_layer(change):
     """The only layer reads the embedding of the token, which the pair holds."""
-    target = one_layer(change)
+
+    def changed(weights):
+        change(weights)
+        weights["model.embed_tokens.weight"].sign_()  # of one length
+
+    target = make_target("LlamaForCausalLM", 1, changed)
     generator = torch.Generator().manual_seed(0)
     sequences = [torch.randint(0, VOCAB, (n,), generator=generator) for n in (40, 31, 52, 48) * 100]
     module = EagleModule(EagleSpec.for_target(target.spec, "eagle"), seed=3)

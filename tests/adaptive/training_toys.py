@@ -14,12 +14,12 @@ VOCAB = 37
 KINDS = ("eagle", "eagle3", "reduced")
 
 
-def make_target():
-    """A decoder of two layers in float32."""
+def make_target(architecture="Qwen3ForCausalLM", layers=2, change=None):
+    """A small decoder in float32; `change` may overwrite its weights, by their names."""
     spec = ModelSpec.from_hf_config(
         {
-            "architectures": ["Qwen3ForCausalLM"], "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "architectures": [architecture], "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
             "max_position_embeddings": 64, "tie_word_embeddings": True,
         }
     )  # fmt: skip
@@ -28,6 +28,8 @@ def make_target():
     for name, shape in weight_shapes(spec).items():
         noise = torch.randn(shape, generator=generator)
         weights[name] = 0.5 * noise if len(shape) == 2 else 1 + 0.1 * noise
+    if change is not None:
+        change(weights)
     made = load_weights(spec, weights.items(), torch.float32)
     return Decoder(spec, made, RotaryTable(spec, "cpu", torch.float32))
 
