@@ -24,6 +24,7 @@ from rollout_spec.contracts import SamplingParams
 from rollout_spec.example_policy import example_folder, load_problems
 
 NEIGHBOURS = ("train", "local", "idle", "stream")
+_FILLING = 8  # rollouts before those that count: the drafter's start takes so many samples
 
 
 class Neighbour:
@@ -103,7 +104,7 @@ class Free:
             role.write_text("train")
             group = SpotGroup(2, served_policy, partial(trainee, role), folder, self.options)
             try:
-                for draw in (-2, -1):  # fills the buffers
+                for draw in range(-_FILLING, 0):
                     group.rollout(self._shares(pool, draw))
                 before = group.figures()
                 training = []
