@@ -23,6 +23,8 @@ from rollout_spec.contracts import invalid
 from rollout_spec.drafters.eagle_spec import Kind
 from rollout_spec.engine import RolloutEngine
 
+_START_PAIRS = 8  # to fit the start to at most, per channel of the target
+
 
 def usual_config(checkpoint: str = "", kind: Kind = "eagle") -> TrainConfig:
     """How to train without end: on from a checkpoint as its training led there, or from nothing."""
@@ -31,9 +33,6 @@ def usual_config(checkpoint: str = "", kind: Kind = "eagle") -> TrainConfig:
     if kind != "eagle":
         return TrainConfig()
     return TrainConfig(start="layer", learning_rate=2.5e-4, relative_rate=True, unroll=3, objective=EAGLE_TV)
-
-
-_START_PAIRS = 8  # to fit the start to at most, per channel of the target
 
 
 class DrafterTrainee:
@@ -79,7 +78,7 @@ class DrafterTrainee:
         least = 2 * module.spec.hidden_size**2 * self.trainer.target.embed.element_size()
         if self._new and budget_bytes < least:
             remedy = (
-                f"the start as the target's last layer takes {least} bytes of features; or use start='random'"
+                f"a start as the target's last layer takes {least} bytes of features; or use start='random'"
             )
             raise invalid("budget_bytes", budget_bytes, remedy)
         self._version: int | None = engine.backend.weights.version

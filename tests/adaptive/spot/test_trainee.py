@@ -225,7 +225,7 @@ def test_a_new_drafter_starts_as_the_targets_last_layer() -> None:
 def test_a_budget_that_could_never_hold_what_the_start_takes_is_refused() -> None:
     served, _ = make()
     with pytest.raises(
-        InvalidRequest, match="budget_bytes=9000: the start as the target's last layer takes 32768"
+        InvalidRequest, match="budget_bytes=9000: a start as the target's last layer takes 32768"
     ):
         DrafterTrainee.begin(served, budget_bytes=9000)
 
