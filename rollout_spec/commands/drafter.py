@@ -150,7 +150,7 @@ def train_command(
     warmup = min(30, steps // 4)
     config = TrainConfig(
         start=start,  # type: ignore[arg-type]
-        learning_rate=learning_rate or _RATES[start],
+        learning_rate=_RATES[start] if learning_rate is None else learning_rate,
         relative_rate=start == "layer",
         final_rate=0.02 if start == "layer" else 0.1,
         warmup_steps=warmup,

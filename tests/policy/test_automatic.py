@@ -241,6 +241,7 @@ def test_between_looks_a_drafter_drafts_as_far_as_it_did_and_history_as_far_as_i
     room = first.draft_lengths.tolist()
     used = drafted(first.stop, room)
     assert max(used) > 1
+    made.acceptance = seen(0.2).acceptance  # by which a new plan would be shorter
     again = made.plan(replace(where, allowed=np.array([30, 3])))
     assert again.reason is Reason.STILL_PAYS and again.drafter == "nf4"
     assert again.draft_lengths.tolist() == [room[0], 2], "there is room for no more"
