@@ -286,23 +286,32 @@ def test_verls_own_mistakes_are_found_at_start(model: Any) -> None:
 
 @pytest.fixture
 def training_server(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[RolloutServer]:
-    """A server that trains a drafter, until the test ends; `overlaps` counts engine steps beside a micro-batch."""
+    """A server that trains a drafter, until the test ends; `overlaps` counts engine steps beside a micro-batch.
+
+    With `linger` the next micro-batch lasts until the engine's next step, for 20 seconds at most.
+    """
     spot = {"batch_tokens": 64, "publish_every": 1}
     options = {"rollout_spec": {"speculation": SPECULATION, "spot_training": spot}}
     server = RolloutServer(rollout(engine_kwargs=options), model, 0, RolloutMode.HYBRID)
-    server.overlaps = 0
+    server.overlaps, server.linger, server.lingering = 0, False, threading.Event()
     trainee, backend = server.idle_training.spot.host.trainee, server.engine.backend
-    train, step, training = trainee.micro_step, backend.step, threading.Event()
+    train, step, training, stepped = trainee.micro_step, backend.step, threading.Event(), threading.Event()
 
     def micro_step() -> float | None:
+        stepped.clear()
         training.set()
         try:
+            if server.linger:
+                server.linger = False
+                server.lingering.set()
+                stepped.wait(20)
             return train()
         finally:
             training.clear()
 
     def watched_step() -> Any:
         server.overlaps += training.is_set()
+        stepped.set()
         return step()
 
     monkeypatch.setattr(trainee, "micro_step", micro_step)
@@ -376,7 +385,10 @@ def test_training_beside_a_request_would_be_seen(
         await ask(server, prompt)
         assert await trained_on(server)
         monkeypatch.setattr(server.idle_training, "need", nothing)
+        server.linger = True
         server.idle_training.allow()
+        while not server.lingering.is_set():
+            await asyncio.sleep(0.01)
         await ask(server, prompt)
 
     run(scenario)
