@@ -194,6 +194,7 @@ class DrafterTrainer:
             [{"params": [p]} for p in self._parameters],
             betas=self.config.betas,
             weight_decay=self.config.weight_decay,
+            fused=True,  # one pass over the memory instead of one per operation
         )
         self._average: dict[str, Tensor] = {}
         if self.config.average_share:

@@ -1,4 +1,7 @@
-"""What keeping the target's features costs while decoding: the same rollouts with and without, in turns."""
+"""What keeping the target's features costs while decoding: the same rollouts with and without, in turns.
+
+One engine does both, for two engines' weights lie in different places, which alone can make a few percent.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,18 @@ class CaptureCost:
         self.pairs, self.console = pairs, console
         options: dict[str, Any] = {
             "dtype": dtype, "seed": seed, "max_model_len": 320, "max_num_seqs": max(BATCHES),
+            "graph_bytes": 0,  # a CUDA graph would keep features, or not, for good
             "speculation": {"drafter": "none", "history": False, "verifier": "coupled"},
         }  # fmt: skip
-        self._plain = RolloutEngine.from_pretrained(path, options)
-        self._captured = RolloutEngine.from_pretrained(path, options)
+        self._engine = RolloutEngine.from_pretrained(path, options)
         self.buffer = EpisodeBuffer(_BUDGET_BYTES)
-        layers = self._captured.backend.spec.num_layers
+        layers = self._engine.backend.spec.num_layers
         self.layers = (min(2, layers // 2), layers // 2, layers)
-        self._capture = FeatureCapture(self._captured, self.buffer.add, self.layers)
+        self._capture = FeatureCapture(self._engine, self.buffer.add, self.layers)
+        self._features, self._finished = (
+            self._engine.backend.runner.features,
+            self._engine.backend.on_finished,
+        )
         self._prompts = load_problems().prompts(max(BATCHES), seed, "test")
         self.ratios: dict[str, dict[str, Any]] = {}
 
@@ -58,10 +65,13 @@ class CaptureCost:
             ids = [f"{batch}-{row}" for row in range(batch)]
             before = self._capture.captured
 
-            def run(engine: RolloutEngine, params: SamplingParams = params, ids: list[str] = ids) -> None:
-                engine.generate(list(self._prompts[: len(ids)]), params, request_ids=ids)
+            def run(capture: bool, params: SamplingParams = params, ids: list[str] = ids) -> None:
+                backend = self._engine.backend
+                backend.runner.features = self._features if capture else None
+                backend.on_finished = self._finished if capture else None
+                self._engine.generate(list(self._prompts[: len(ids)]), params, request_ids=ids)
 
-            found = paired(partial(run, self._captured), partial(run, self._plain), self.pairs)
+            found = paired(partial(run, True), partial(run, False), self.pairs)
             assert self._capture.captured - before == batch * (self.pairs + 1), "a sequence was not captured"
             low, high = median_interval(found.ratios)
             self.ratios[f"B={batch}"] = {
