@@ -1,13 +1,22 @@
 // Grouped-query attention of rows over a paged cache, and storing their keys and values in it.
 //
 // A row is one query token with all its heads; it sees the entries `first .. last - 1` of its own sequence. Dot products
-// are summed over sixteen lanes, softmax and the sum of values in the order of the positions, all in float32: a row's
-// bits depend on the row and the entries that it sees alone. No other entries are read.
+// are summed over sixteen lanes and these in pairs, the sum of values in the order of the positions, all in float32: a
+// row's bits depend on the row and the entries that it sees alone. No other entries are read. Rows of one sequence that
+// follow each other, as in verification, share the work of reading its entries.
+#include <type_traits>
+
 #include "simd.h"
 
 #include "exponential.h"
 
 namespace {
+
+constexpr int64_t CHUNK = 16;        // entries that are widened at a time
+constexpr int64_t MOST_ROWS = 8;     // that share them
+constexpr int64_t SCORES = 1 << 16;  // of all heads of such rows; more do not stay in the core's own cache
+
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 INLINE float total(F16 lanes) {
     float v[PANEL];
@@ -17,14 +26,17 @@ INLINE float total(F16 lanes) {
     return v[0];
 }
 
-// Scores [count] to weights that are not normalised yet; returns their sum.
+// Scores [count], with room for a multiple of sixteen, to weights that are not normalised yet; returns their sum.
 float exponentials(float* scores, int64_t count) {
-    float largest = scores[0];
-    for (int64_t t = 1; t < count; t++) largest = scores[t] > largest ? scores[t] : largest;
+    float largest[PANEL];
     int64_t padded = round_up(count, PANEL);
-    for (int64_t t = count; t < padded; t++) scores[t] = 0;
+    for (int64_t t = count; t < padded; t++) scores[t] = scores[0];
+    for (int64_t j = 0; j < PANEL; j++) largest[j] = scores[0];
+    for (int64_t t = 0; t < padded; t += PANEL)
+        for (int64_t j = 0; j < PANEL; j++) largest[j] = scores[t + j] > largest[j] ? scores[t + j] : largest[j];
+    for (int64_t j = 1; j < PANEL; j++) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
     for (int64_t t = 0; t < padded; t++) {
-        float x = scores[t] - largest;
+        float x = scores[t] - largest[0];
         float weight = exp_of(x);
         scores[t] = x == x ? weight : x;  // a NaN stays one
     }
@@ -34,109 +46,143 @@ float exponentials(float* scores, int64_t count) {
     return total(sums);
 }
 
-struct Cache {
-    int64_t head_stride, block_size, head_dim, heads, kv_heads;
-};
-
-INLINE void to_floats(const float* x, int64_t count, float* out) { memcpy(out, x, count * 4); }
-INLINE void to_floats(const bf16* x, int64_t count, float* out) {
-    for (int64_t i = 0; i < count; i++) out[i] = widen(x[i]);
-}
-INLINE void from_floats(const float* x, int64_t count, float* out) { memcpy(out, x, count * 4); }
-INLINE void from_floats(const float* x, int64_t count, bf16* out) {
-    for (int64_t i = 0; i < count; i++) out[i] = narrow(x[i]);
-}
-
-struct Seen {
-    const int64_t* table;
-    int64_t first, last;
-    int64_t count() const { return last - first; }
-};
-
-// Call `use(entry, how many, index of the first)` for every run of seen entries that lie in one block.
-template <typename Float, typename Use>
-INLINE void each_run(const Float* entries, const Seen& seen, const Cache& c, Use use) {
-    for (int64_t start = seen.first; start < seen.last;) {
-        int64_t offset = start % c.block_size, stop = least(start - offset + c.block_size, seen.last);
-        const Float* entry = entries + (seen.table[start / c.block_size] * c.block_size + offset) * c.head_dim;
-        use(entry, stop - start, start - seen.first);
-        start = stop;
+// Four dot products times scale; none depends on the other three.
+INLINE void four_dots(const float* q, const float* const (&entry)[4], int64_t dim, float scale, float* out) {
+    F16 lanes[4] = {zeros(), zeros(), zeros(), zeros()};
+    for (int64_t d = 0; d < dim; d += PANEL) {
+        F16 own = load(q + d);
+        for (int i = 0; i < 4; i++) lanes[i] = fma(own, load(entry[i] + d), lanes[i]);
     }
+    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves(lanes[0]), halves(lanes[1])),
+                                  _mm256_hadd_ps(halves(lanes[2]), halves(lanes[3])));
+    __m128 sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+    _mm_storeu_ps(out, _mm_mul_ps(sums, _mm_set1_ps(scale)));
 }
 
-// Sixteen times BLOCKS elements of the weighted sum of the values, in the order of the positions.
-template <int BLOCKS, typename Float>
-void weighted_sum(const Float* values, const Seen& seen, const Cache& c, const float* weights, float* out) {
+// Sixteen times BLOCKS elements of `sums`, to which `count` weighted values are added in their order.
+template <int BLOCKS>
+INLINE void add_weighted(const float* values, int64_t count, int64_t dim, const float* weights, float* sums) {
     F16 lanes[BLOCKS];
-    for (int b = 0; b < BLOCKS; b++) lanes[b] = zeros();
-    each_run(values, seen, c, [&](const Float* value, int64_t count, int64_t index) {
-        for (int64_t t = 0; t < count; t++, value += c.head_dim)
-#pragma GCC unroll 4
-            for (int b = 0; b < BLOCKS; b++) lanes[b] = fma(load(value + b * PANEL), weights[index + t], lanes[b]);
-    });
-    for (int b = 0; b < BLOCKS; b++) store(out + b * PANEL, lanes[b]);
+    for (int b = 0; b < BLOCKS; b++) lanes[b] = load(sums + b * PANEL);
+    for (int64_t t = 0; t < count; t++, values += dim)
+        for (int b = 0; b < BLOCKS; b++) lanes[b] = fma(load(values + b * PANEL), weights[t], lanes[b]);
+    for (int b = 0; b < BLOCKS; b++) store(sums + b * PANEL, lanes[b]);
 }
 
-// One row and one key/value head with its group of queries. Scratch: q and one entry, scores of the group, output.
+INLINE const float* floats(const float* x, int64_t, float*) { return x; }
+INLINE const float* floats(const bf16* x, int64_t count, float* scratch) {
+    for (int64_t i = 0; i < count; i++) scratch[i] = widen(x[i]);
+    return scratch;
+}
+INLINE void put(const float* x, float divisor, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i++) out[i] = x[i] / divisor;
+}
+INLINE void put(const float* x, float divisor, int64_t count, bf16* out) {
+    for (int64_t i = 0; i < count; i++) out[i] = narrow(x[i] / divisor);
+}
+
+// The arguments of `attention`.
 template <typename Float>
-void attend(const Float* q, const Float* keys, const Float* values, const Seen& seen, const Cache& c, float scale,
-            Float* out, float* scratch) {
-    int64_t group = c.heads / c.kv_heads, dim = c.head_dim, stride = round_up(seen.count(), PANEL);
-    float *queries = scratch, *entry = queries + group * dim, *sums = entry + dim, *scores = sums + dim;
-    for (int64_t g = 0; g < group; g++) to_floats(q + g * dim, dim, queries + g * dim);
-    each_run(keys, seen, c, [&](const Float* key, int64_t count, int64_t index) {
-        for (int64_t t = 0; t < count; t++, key += dim) {
-            __builtin_prefetch(key + 4 * dim);
-            to_floats(key, dim, entry);
-            for (int64_t g = 0; g < group; g++) {
-                F16 lanes = zeros();
-                for (int64_t d = 0; d < dim; d += PANEL)
-                    lanes = fma(load(queries + g * dim + d), load(entry + d), lanes);
-                scores[g * stride + index + t] = total(lanes) * scale;
-            }
+struct Call {
+    const Float *q, *keys, *values;
+    int64_t q_stride, head_stride, block_size, dim, heads, kv_heads;
+    const int64_t* tables;
+    int64_t width;
+    const int64_t *sequences, *first, *last;
+    int64_t rows;
+    Float* out;
+
+    int64_t group() const { return heads / kv_heads; }
+
+    // Call `use(entries as floats, position of the first, and behind the last)` for `start .. stop - 1`, in order.
+    template <typename Use>
+    void each_chunk(const Float* entries, const int64_t* table, int64_t start, int64_t stop,
+                                  float* scratch, Use use) const {
+        while (start < stop) {
+            int64_t offset = start % block_size, count = least(least(block_size - offset, CHUNK), stop - start);
+            const Float* chunk = entries + (table[start / block_size] * block_size + offset) * dim;
+            use(floats(chunk, count * dim, scratch), start, start + count);
+            start += count;
         }
-    });
-    for (int64_t g = 0; g < group; g++) {
-        float* weights = scores + g * stride;
-        float sum = exponentials(weights, seen.count());
-        int64_t d = 0;
-        for (; d + 4 * PANEL <= dim; d += 4 * PANEL) weighted_sum<4>(values + d, seen, c, weights, sums + d);
-        for (; d < dim; d += PANEL) weighted_sum<1>(values + d, seen, c, weights, sums + d);
-        for (d = 0; d < dim; d++) sums[d] /= sum;
-        from_floats(sums, dim, out + g * dim);
     }
-}
 
-template <typename Float>
-void attend_rows(const Float* q, int64_t q_stride, const Float* keys, const Float* values, const Cache& c,
-                 const int64_t* tables, int64_t width, const int64_t* sequences, const int64_t* first,
-                 const int64_t* last, int64_t rows, Float* out, int threads) {
-    int64_t group = c.heads / c.kv_heads, longest = 0, work = 0;
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t count = last[r] - first[r];
-        longest = count > longest ? count : longest;
-        work += count * c.heads * c.head_dim;
+    int64_t scratch(int64_t count, int64_t stride) const {
+        return CHUNK * dim + count * group() * (2 * dim + 1 + stride);
     }
-    if (work < 1 << 17) threads = 1;
-    float scale = (float)(1 / sqrt((double)c.head_dim));
+
+    // `count` rows of one sequence with one key/value head and its group of queries; scores are `stride` apart.
+    void attend(int64_t row, int64_t count, int64_t head, int64_t stride, float* scratch) const {
+        int64_t queries = count * group(), start = INT64_MAX, stop = 0;
+        float *chunk = scratch, *query = chunk + CHUNK * dim, *sums = query + queries * dim;
+        float *divisors = sums + queries * dim, *scores = divisors + queries;
+        const int64_t *table = tables + sequences[row] * width, *begin = first + row, *end = last + row;
+        float scale = (float)(1 / sqrt((double)dim));
+
+        for (int64_t r = 0; r < count; r++) {
+            if (begin[r] < end[r]) start = least(start, begin[r]), stop = most(stop, end[r]);
+            for (int64_t i = 0; i < group() * dim; i++)
+                query[r * group() * dim + i] = widen(q[(row + r) * q_stride + head * group() * dim + i]);
+        }
+        each_chunk(keys + head * head_stride, table, start, stop, chunk,
+                   [&](const float* entries, int64_t from, int64_t to) {
+                       for (int64_t i = 0; i < queries; i++) {
+                           int64_t r = i / group(), low = most(from, begin[r]), high = least(to, end[r]);
+                           for (int64_t t = low; t < high; t += 4) {
+                               const float* entry[4];
+                               for (int64_t j = 0; j < 4; j++) entry[j] = entries + (least(t + j, high - 1) - from) * dim;
+                               four_dots(query + i * dim, entry, dim, scale, scores + i * stride + t - begin[r]);
+                           }
+                       }
+                   });
+        for (int64_t i = 0; i < queries; i++) {
+            int64_t seen = end[i / group()] - begin[i / group()];
+            divisors[i] = seen > 0 ? exponentials(scores + i * stride, seen) : 1;
+        }
+        memset(sums, 0, queries * dim * sizeof(float));
+        each_chunk(values + head * head_stride, table, start, stop, chunk,
+                   [&](const float* entries, int64_t from, int64_t to) {
+                       for (int64_t i = 0; i < queries; i++) {
+                           int64_t r = i / group(), low = most(from, begin[r]), high = least(to, end[r]), d = 0;
+                           const float* seen = entries + (low - from) * dim;
+                           const float* weights = scores + i * stride + low - begin[r];
+                           float* own = sums + i * dim;
+                           for (; d + 4 * PANEL <= dim; d += 4 * PANEL)
+                               add_weighted<4>(seen + d, high - low, dim, weights, own + d);
+                           for (; d < dim; d += PANEL) add_weighted<1>(seen + d, high - low, dim, weights, own + d);
+                       }
+                   });
+        for (int64_t i = 0; i < queries; i++) {
+            int64_t r = row + i / group(), h = head * group() + i % group();
+            put(sums + i * dim, divisors[i], dim, out + (r * heads + h) * dim);
+        }
+    }
+
+    void run(int threads) const {
+        int64_t longest = 0, work = 0;
+        for (int64_t r = 0; r < rows; r++) {
+            longest = most(longest, last[r] - first[r]);
+            work += (last[r] - first[r]) * heads * dim;
+        }
+        int64_t stride = round_up(longest + 3, PANEL);  // four scores are written at a time
+        int64_t limit = most(1, least(MOST_ROWS, SCORES / (group() * stride)));
+        int64_t *starts = allocate<int64_t>(rows + 1), tiles = 0;
+        for (int64_t r = 0; r < rows; r++)
+            if (r == 0 || sequences[r] != sequences[r - 1] || r - starts[tiles - 1] == limit) starts[tiles++] = r;
+        starts[tiles] = rows;
+        if (work < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        float* scratch = allocate<float>((group + 2) * c.head_dim + group * round_up(longest, PANEL));
+        {
+            float* own = allocate<float>(scratch(limit, stride));
 #pragma omp for schedule(static, 1)
-        for (int64_t item = 0; item < rows * c.kv_heads; item++) {
-            int64_t r = item / c.kv_heads, h = item % c.kv_heads, place = h * group * c.head_dim;
-            Float* own = out + r * c.heads * c.head_dim + place;
-            Seen seen = {tables + sequences[r] * width, first[r], last[r]};
-            if (seen.count() == 0) {
-                memset((void*)own, 0, group * c.head_dim * sizeof(Float));
-                continue;
+            for (int64_t item = 0; item < tiles * kv_heads; item++) {
+                int64_t tile = item / kv_heads, row = starts[tile];
+                attend(row, starts[tile + 1] - row, item % kv_heads, stride, own);
             }
-            attend(q + r * q_stride + place, keys + h * c.head_stride, values + h * c.head_stride, seen, c, scale, own,
-                   scratch);
+            free(own);
         }
-        free(scratch);
+        free(starts);
     }
-}
+};
 
 }  // namespace
 
@@ -147,13 +193,14 @@ EXPORT void attention(int is_bf16, const void* q, int64_t q_stride, const void* 
                       int64_t head_stride, int64_t block_size, int64_t head_dim, int64_t heads, int64_t kv_heads,
                       const int64_t* tables, int64_t width, const int64_t* sequences, const int64_t* first,
                       const int64_t* last, int64_t rows, void* out, int threads) {
-    Cache c = {head_stride, block_size, head_dim, heads, kv_heads};
-    if (is_bf16)
-        attend_rows((const bf16*)q, q_stride, (const bf16*)keys, (const bf16*)values, c, tables, width, sequences,
-                    first, last, rows, (bf16*)out, threads);
-    else
-        attend_rows((const float*)q, q_stride, (const float*)keys, (const float*)values, c, tables, width, sequences,
-                    first, last, rows, (float*)out, threads);
+    auto run = [&](auto* q, auto* keys, auto* values, auto* out) {
+        Call<std::remove_pointer_t<decltype(out)>> call = {q, keys, values, q_stride, head_stride, block_size, head_dim,
+                                                           heads, kv_heads, tables, width, sequences, first, last, rows,
+                                                           out};
+        call.run(threads);
+    };
+    if (is_bf16) run((const bf16*)q, (const bf16*)keys, (const bf16*)values, (bf16*)out);
+    else run((const float*)q, (const float*)keys, (const float*)values, (float*)out);
 }
 
 // Rows of a cache [.., head_dim] from k and v [rows, kv_heads, head_dim], whose rows are k_stride and v_stride apart.

@@ -28,7 +28,8 @@ FLAGS = (
     "-fvisibility=hidden",
     "-fno-strict-aliasing",
 )
-EXACT = ("-ffp-contract=off", "-fno-math-errno")  # a row's bits must not depend on what the compiler may fuse
+EXACT = ("-ffp-contract=off",)  # a row's bits must not depend on what the compiler may fuse
+SILENT = ("-fno-math-errno", "-fno-trapping-math")  # nobody reads errno or exception flags, and loops become vectors
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16")
 VARIANTS = {  # what a CPU must have, as in /proc/cpuinfo, and how to compile for it
@@ -93,7 +94,7 @@ def build(name: str, extra: Sequence[str] = ()) -> Path:
         Unavailable: No compiler, no writable cache, or the compiler failed.
     """
     sources = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
-    flags = (*FLAGS, *EXACT, *VARIANTS[name][1], *extra)
+    flags = (*FLAGS, *EXACT, *SILENT, *VARIANTS[name][1], *extra)
     openmp = _openmp_of_this_process()
     digest = hashlib.sha256(repr((flags, openmp and Path(openmp).name)).encode())
     for path in sources:
