@@ -22,6 +22,7 @@ from rollout_spec.contracts import Completion, SamplingParams
 from rollout_spec.drafters.quantize import get_quantizer
 from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import load_problems
+from rollout_spec.kernels.decoder_layer import LayersInOneCall
 from rollout_spec.kernels.library import kernels
 from rollout_spec.models.checkpoint import read_checkpoint
 from rollout_spec.models.weights import WeightAssembler, is_linear
@@ -100,9 +101,11 @@ class KernelBenchmark:
 
         run()
         shares = []
+        whole_layer = LayersInOneCall.__call__
         try:
             for name in KERNELS:
                 setattr(own, name, timed(getattr(own, name)))
+            LayersInOneCall.__call__ = timed(whole_layer)  # type: ignore[method-assign]
             for _ in range(self.pairs):
                 spent = 0.0
                 total = _seconds(run)
@@ -110,6 +113,7 @@ class KernelBenchmark:
         finally:
             for name in KERNELS:
                 vars(own).pop(name, None)
+            LayersInOneCall.__call__ = whole_layer  # type: ignore[method-assign]
         self.notes["share_outside_kernels"] = {
             "median": round(statistics.median(shares), 4),
             "min": round(min(shares), 4),

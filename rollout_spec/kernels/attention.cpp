@@ -6,9 +6,8 @@
 // follow each other, as in verification, share the work of reading its entries.
 #include <type_traits>
 
-#include "simd.h"
-
 #include "exponential.h"
+#include "kernels.h"
 
 namespace {
 

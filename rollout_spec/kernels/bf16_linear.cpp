@@ -3,6 +3,7 @@
 // A weight [n, k] is packed into panels of 16 outputs, [n/16, k/2, 16, 2]: one line of a panel holds two columns of
 // 16 rows. Missing rows and columns are zeros. Every output is one chain of multiply-adds in float32 in the order
 // of the columns, whichever rows, panels and threads share the work: its bits depend on its own row alone.
+#include "kernels.h"
 #include "layout.h"
 
 namespace {

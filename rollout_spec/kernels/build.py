@@ -29,7 +29,10 @@ FLAGS = (
     "-fno-strict-aliasing",
 )
 EXACT = ("-ffp-contract=off",)  # a row's bits must not depend on what the compiler may fuse
-SILENT = ("-fno-math-errno", "-fno-trapping-math")  # nobody reads errno or exception flags, and loops become vectors
+SILENT = (
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)  # nobody reads errno or exception flags, and loops become vectors
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16")
 VARIANTS = {  # what a CPU must have, as in /proc/cpuinfo, and how to compile for it

@@ -1,7 +1,6 @@
 // What a decoder does between its linears, row by row, rounding to the model's dtype where torch's operations do.
-#include "simd.h"
-
 #include "exponential.h"
+#include "kernels.h"
 
 namespace {
 

@@ -41,6 +41,8 @@ _SIGNATURES = {
         [_INT, _INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _INT],
         None,
     ),
+    "decoder_layer_scratch": ([_POINTER, _POINTER], _SIZE),
+    "decoder_layer": ([*[_POINTER] * 6], None),
 }
 
 
@@ -49,11 +51,13 @@ class Kernels:
 
     Attributes:
         variant: Which instructions it was built for.
+        build: The variant with a digest of sources, flags and libraries.
+        library: The functions themselves.
     """
 
     def __init__(self, path: Path, variant: str) -> None:
-        self.variant = variant
-        self._library = library = ctypes.CDLL(str(path))
+        self.variant, self.build = variant, path.stem
+        self.library = library = ctypes.CDLL(str(path))
         for name, (arguments, result) in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, result
@@ -61,14 +65,14 @@ class Kernels:
     def pack_bf16(self, weight: Tensor) -> Tensor:
         """bfloat16 weight [N, K] -> its packed form, flat bfloat16; see `bf16_linear.cpp`."""
         weight = _checked(weight, torch.bfloat16, 2)
-        packed = torch.empty(self._library.bf16_packed_size(*weight.shape), dtype=torch.bfloat16)
-        self._library.bf16_pack(weight.data_ptr(), *weight.shape, packed.data_ptr(), torch.get_num_threads())
+        packed = torch.empty(self.library.bf16_packed_size(*weight.shape), dtype=torch.bfloat16)
+        self.library.bf16_pack(weight.data_ptr(), *weight.shape, packed.data_ptr(), torch.get_num_threads())
         return packed
 
     def unpack_bf16(self, packed: Tensor, shape: tuple[int, int]) -> Tensor:
         """The weight [N, K] that was packed."""
         weight = torch.empty(shape, dtype=torch.bfloat16)
-        self._library.bf16_unpack(packed.data_ptr(), *shape, weight.data_ptr())
+        self.library.bf16_unpack(packed.data_ptr(), *shape, weight.data_ptr())
         return weight
 
     def bf16_linear(self, x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
@@ -76,7 +80,7 @@ class Kernels:
         x = _checked(x, torch.bfloat16, 2)
         rows, columns = x.shape
         y = torch.empty((rows, out_features), dtype=torch.bfloat16)
-        self._library.bf16_linear(
+        self.library.bf16_linear(
             x.data_ptr(), rows, columns, out_features, packed.data_ptr(),
             None if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -89,9 +93,9 @@ class Kernels:
         of their group NaN.
         """
         weight = weight.contiguous()
-        packed = torch.empty(self._library.quantized_size(KINDS[kind], *weight.shape), dtype=torch.uint8)
+        packed = torch.empty(self.library.quantized_size(KINDS[kind], *weight.shape), dtype=torch.uint8)
         scales = torch.empty(-(-weight.shape[0] // 16) * 16, dtype=torch.float32) if kind == "int8" else None
-        self._library.quantize(
+        self.library.quantize(
             KINDS[kind], _is_bf16(weight), weight.data_ptr(), *weight.shape, packed.data_ptr(),
             None if scales is None else scales.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -104,7 +108,7 @@ class Kernels:
         x = x.contiguous()
         rows, columns = x.shape
         y = torch.empty((rows, out_features), dtype=x.dtype)
-        self._library.quantized_linear(
+        self.library.quantized_linear(
             KINDS[kind], _is_bf16(x), x.data_ptr(), rows, columns, out_features, packed.data_ptr(),
             None if scales is None else scales.data_ptr(), y.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -143,7 +147,7 @@ class Kernels:
         assert len(sequences) == len(first) == len(last) == rows
         kv_heads, blocks, block_size, _ = keys.shape
         out = torch.empty((rows, heads * head_dim), dtype=q.dtype)
-        self._library.attention(
+        self.library.attention(
             q.dtype == torch.bfloat16, q.data_ptr(), q.stride(0), keys.data_ptr(), values.data_ptr(),
             blocks * block_size * head_dim, block_size, head_dim, heads, kv_heads, tables.data_ptr(), tables.shape[1],
             sequences.data_ptr(), first.data_ptr(), last.data_ptr(), rows, out.data_ptr(), torch.get_num_threads(),
@@ -155,7 +159,7 @@ class Kernels:
         count, kv_heads, head_dim = k.shape
         k, v = _heads_together(k), _heads_together(v)
         assert k.dtype == v.dtype == keys.dtype and rows.is_contiguous()
-        self._library.store_entries(
+        self.library.store_entries(
             k.element_size(), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), rows.data_ptr(), count, kv_heads,
             head_dim, keys.data_ptr(), values.data_ptr(),
         )  # fmt: skip
@@ -164,7 +168,7 @@ class Kernels:
         """x `[R, H]` over its root mean square, rounded to its dtype (float32 or bfloat16), times weight `[H]`."""
         is_bf16, x = _is_bf16(x), x.contiguous()
         out = torch.empty_like(x)
-        self._library.rms_norm(
+        self.library.rms_norm(
             is_bf16, x.data_ptr(), weight.data_ptr(), *x.shape, eps, out.data_ptr(), torch.get_num_threads()
         )
         return out
@@ -189,7 +193,7 @@ class Kernels:
             and signed_sine.is_contiguous()
             and cosine.dtype == x.dtype
         )
-        self._library.norm_rotate(
+        self.library.norm_rotate(
             x.dtype == torch.bfloat16, x.data_ptr(), every * head_dim, None if weight is None else weight.data_ptr(),
             cosine.data_ptr(), signed_sine.data_ptr(), rows, heads, head_dim, eps, torch.get_num_threads(),
         )  # fmt: skip
@@ -199,7 +203,7 @@ class Kernels:
         is_bf16, gate_up = _is_bf16(gate_up), gate_up.contiguous()
         rows, width = gate_up.shape
         out = torch.empty((rows, width // 2), dtype=gate_up.dtype)
-        self._library.gated_silu(
+        self.library.gated_silu(
             is_bf16, gate_up.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads()
         )
         return out

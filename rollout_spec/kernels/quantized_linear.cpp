@@ -8,6 +8,7 @@
 //   4 bits [n/16, k/64, block]; a block holds 8 lines of 16 x 4 bytes, whose low and high nibbles are the codes of
 //         columns 8 t .. 8 t + 3 and 8 t + 4 .. 8 t + 7 of line t, then 16 bf16 scales, then, for int4, 16 bf16 offsets
 //   int4: weight = code * scale + offset.    nf4: weight = (NF4[code] - 64) * scale, NF4 from 1 to 127.
+#include "kernels.h"
 #include "layout.h"
 #include "nf4.h"
 

@@ -7,19 +7,24 @@ independent of the rows beside it, bit for bit, if the linears and the callback 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rollout_spec.kernels.decoder_layer import LayersInOneCall, PackedLayer, PackedWeight, PagedRows
 from rollout_spec.models.elementwise import gated_silu, norm, norm_rotate
 from rollout_spec.models.linear import Linear
 from rollout_spec.models.rope import RotaryTable
 from rollout_spec.models.spec import ModelSpec
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""attend(layer, q[R, Hq, hd], k[R, Hkv, hd], v[R, Hkv, hd]) -> [R, Hq * hd]; k is rotated, v is a strided view."""
+"""attend(layer, q[R, Hq, hd], k[R, Hkv, hd], v[R, Hkv, hd]) -> [R, Hq * hd]; k is rotated, v is a strided view.
+
+If it has an attribute `paged` that is not None, a layer of kernels may do without calling it.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,16 @@ class LayerWeights:
     post_norm: Tensor
     gate_up: Linear
     down: Linear
+
+    @cached_property
+    def packed(self) -> PackedLayer | None:
+        """The block for this project's CPU kernels, if all of it runs on them."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {
+            name: x if x is None or isinstance(x, Tensor) else x.for_kernels() for name, x in parts.items()
+        }
+        linears = [parts[name] for name in ("qkv", "o", "gate_up", "down")]
+        return PackedLayer(**parts) if all(isinstance(x, PackedWeight) for x in linears) else None
 
 
 @dataclass(frozen=True)
@@ -76,9 +91,13 @@ class Decoder:
 
         cos, signed_sin = self.rope(positions)
         x = F.embedding(token_ids, weights.embed)
+        together = self._in_one_call(x, cos, signed_sin, getattr(attend, "paged", None))
         for index, layer in enumerate(weights.layers):
             if tap is not None:
                 tap(index, x)
+            if together is not None and layer.packed is not None:
+                together(index, layer.packed)
+                continue
             qkv = layer.qkv(norm(x, layer.input_norm, eps)).view(heads)
             qk = norm_rotate(qkv, rotated, layer.qk_norm, cos, signed_sin, eps)
             x += layer.o(attend(index, qk[:, : spec.num_heads], qk[:, spec.num_heads :], qkv[:, rotated:]))
@@ -86,6 +105,13 @@ class Decoder:
         if tap is not None:
             tap(spec.num_layers, x)
         return norm(x, weights.final_norm, eps)
+
+    def _in_one_call(
+        self, x: Tensor, cos: Tensor, signed_sin: Tensor, paged: PagedRows | None
+    ) -> LayersInOneCall | None:
+        if paged is None or not len(x):
+            return None
+        return LayersInOneCall(x, self.spec.num_heads, cos, signed_sin, self.spec.rms_norm_eps, paged)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32[R, padded vocabulary] logits of hidden[R, H]; columns past the vocabulary are -inf."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rollout_spec.kernels.decoder_layer import PackedWeight
 from rollout_spec.kernels.library import Kernels, kernels
 
 
@@ -27,6 +28,10 @@ class Linear(Protocol):
 
     def dense(self) -> Tensor:
         """The weight [N, K]."""
+        ...
+
+    def for_kernels(self) -> PackedWeight | None:
+        """The weight for this project's CPU kernels, if one of them is all that the layer is."""
         ...
 
 
@@ -45,6 +50,9 @@ class PlainLinear:
     def dense(self) -> Tensor:
         """The weight [N, K]."""
         return self.weight
+
+    def for_kernels(self) -> None:
+        """There is none."""
 
 
 class KernelLinear:
@@ -66,6 +74,10 @@ class KernelLinear:
     def dense(self) -> Tensor:
         """The weight [N, K] that was packed, unpacked into new memory."""
         return self._kernels.unpack_bf16(self._packed, self._shape)
+
+    def for_kernels(self) -> PackedWeight:
+        """The packed weight."""
+        return PackedWeight(self._kernels, "bf16", self._shape, self._packed, bias=self.bias)
 
 
 class PackedLinear:
@@ -93,6 +105,9 @@ class PackedLinear:
     def dense(self) -> Tensor:
         """The weight [N, K] that was packed, unpacked into new memory."""
         return self._packed.to_dense()
+
+    def for_kernels(self) -> None:
+        """There is none."""
 
 
 def can_pack(device: torch.device | str, dtype: torch.dtype) -> bool:

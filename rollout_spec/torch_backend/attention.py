@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rollout_spec.kernels.decoder_layer import PagedRows
 from rollout_spec.kernels.library import Kernels
 from rollout_spec.torch_backend.kv_cache import KVCache
 
@@ -71,18 +72,21 @@ class PagedAttention:
         cache: Where keys and values live.
         rows: The rows of this forward.
         drafting: A drafter calls, and any kernel will do.
+
+    Attributes:
+        paged: For this project's CPU kernels, where they can read the cache.
     """
 
     def __init__(self, cache: KVCache, rows: Rows, *, drafting: bool = False) -> None:
         self.cache, self.rows, self.drafting = cache, rows, drafting
-        self._kernels = cache.kernels()
-        if self._kernels is not None:
-            self._seen = _seen(rows)
+        own = cache.kernels()
+        self.paged = None if own is None else _paged(own, cache, rows)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.cache.store(layer, self.rows.kv_rows, k, v)
-        if self._kernels is not None:
-            return self._own(self._kernels, layer, q)
+        if (at := self.paged) is not None:
+            seen = at.sequences, at.first, at.last
+            return at.kernels.attention(q, at.keys[layer], at.values[layer], at.tables, *seen)
         batch, queries = self.rows.grid
         count, heads, head_dim = q.shape
         if self.rows.scatter is not None:
@@ -97,18 +101,21 @@ class PagedAttention:
             return F.pad(out, (0, 0, 0, 1)).index_select(0, self.rows.scatter)
         return out if len(out) == count else F.pad(out, (0, 0, 0, count - len(out)))
 
-    def _own(self, kernels: Kernels, layer: int, q: Tensor) -> Tensor:
-        seen = self._seen
-        if short := len(q) - len(seen[0]):  # padding rows without a place in the grid
-            seen = tuple(F.pad(x, (0, short)) for x in seen)
-        return kernels.attention(q, self.cache.keys[layer], self.cache.values[layer], self.rows.tables, *seen)
-
     def _kernel(self, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Rows], Tensor]:
         if q.is_cuda:
             return _stock
         if not self.drafting:
             return _fixed_order
         return _stock if self.rows.tables.numel() * self.cache.block_size < _LONG_CONTEXT else _free_order
+
+
+def _paged(kernels: Kernels, cache: KVCache, rows: Rows) -> PagedRows:
+    seen = _seen(rows)
+    if short := len(rows.kv_rows) // cache.keys.shape[1] - len(
+        seen[0]
+    ):  # padding rows without a place in the grid
+        seen = tuple(F.pad(x, (0, short)) for x in seen)
+    return PagedRows(kernels, cache.keys, cache.values, rows.kv_rows, rows.tables, *seen)
 
 
 def _seen(rows: Rows) -> tuple[Tensor, ...]:

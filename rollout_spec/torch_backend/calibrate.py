@@ -67,7 +67,7 @@ def calibration_key(backend: TorchBackend) -> dict[str, Any]:
         "drafter": drafter.name if drafter is not None else None,
         "verifier": "coupled" if backend.coupled else "rejection",
         **({} if backend.graphs is None else {"graphs": True}),
-        **({} if on_gpu or (own := kernels()) is None else {"kernels": own.variant}),
+        **({} if on_gpu or (own := kernels()) is None else {"kernels": own.build}),
         "versions": {
             n: v for n, v in installed_versions().items() if n in ("torch", "rollout-spec", "bitsandbytes")
         },

@@ -20,6 +20,8 @@ void norm_rotate(int, void*, int64_t, const void*, const void*, const void*, int
 void gated_silu(int, const void*, int64_t, int64_t, void*, int);
 void store_entries(int64_t, const void*, int64_t, const void*, int64_t, const int64_t*, int64_t, int64_t, int64_t, void*,
                    void*);
+int64_t decoder_layer_scratch(const void*, const void*);
+void decoder_layer(const void*, const void*, void*, void*, void*, char*);
 }
 
 static int64_t missing = 0;  // places that an output lacks, to see that it is noticed
@@ -86,6 +88,50 @@ static void elementwise(int64_t rows, int64_t size) {
     free(x), free(weight), free(out), free(qkv), free(norms), free(cosine), free(sine), free(gate_up);
 }
 
+struct Linear {
+    int64_t kind, n, k;
+    const void *packed, *scales, *bias;
+};
+struct Layer {
+    const void *input_norm, *qk_norm, *post_norm;
+    Linear linears[4];
+};
+struct Pass {
+    int64_t is_bf16, rows, hidden, heads, kv_heads, head_dim, block_size, head_stride, width, threads;
+    double eps;
+    const void *cosine, *signed_sine;
+    const int64_t *cache_rows, *tables, *sequences, *first, *last;
+};
+
+// One block for one sequence; kind -1 is bf16.
+template <typename Float>
+static void layer(int64_t kind, int64_t rows, int64_t hidden, int64_t width) {
+    const int64_t heads = 2, kv_heads = 1, dim = 16, block = 16;
+    Float *x = buffer<Float>(rows * hidden), *norm = buffer<Float>(hidden), *turn = buffer<Float>(rows * dim);
+    Float *keys = buffer<Float>(block * dim), *values = buffer<Float>(block * dim), *norms = buffer<Float>(3 * dim);
+    int64_t *places = buffer<int64_t>(4 * rows), table = 0;
+    int64_t *sequences = places + rows, *first = places + 2 * rows, *last = places + 3 * rows;
+    for (int64_t r = 0; r < rows; r++) places[r] = block - 1 - r, sequences[r] = first[r] = 0, last[r] = block - r;
+    Layer own = {norm, norms, norm, {}};
+    const int64_t shapes[4][2] = {{4 * dim, hidden}, {hidden, 2 * dim}, {2 * width, hidden}, {hidden, width}};
+    for (int i = 0; i < 4; i++) {
+        int64_t n = shapes[i][0], k = shapes[i][1], size = kind < 0 ? 2 * bf16_packed_size(n, k) : quantized_size(kind, n, k);
+        Float* weight = buffer<Float>(n * k);
+        void* packed = malloc(size);
+        float* scales = kind == 0 ? buffer<float>((n + 15) / 16 * 16) : nullptr;
+        if (kind < 0) bf16_pack((const uint16_t*)weight, n, k, (uint16_t*)packed, 1);
+        else quantize(kind, sizeof(Float) == 2, weight, n, k, (uint8_t*)packed, scales, 1);
+        own.linears[i] = {kind, n, k, packed, scales, nullptr};
+        free(weight);
+    }
+    Pass pass = {sizeof(Float) == 2, rows, hidden, heads, kv_heads, dim, block, block * dim, 1, 2, 1e-6, turn, turn,
+                 places, &table, sequences, first, last};
+    char* scratch = (char*)malloc(decoder_layer_scratch(&own, &pass));
+    decoder_layer(&own, &pass, x, keys, values, scratch);
+    for (Linear& linear : own.linears) free((void*)linear.packed), free((void*)linear.scales);
+    free(x), free(norm), free(turn), free(keys), free(values), free(norms), free(places), free(scratch);
+}
+
 int main(int count, char**) {
     missing = count - 1;
     for (int64_t size : {1, 5, 16, 33, 64})
@@ -93,6 +139,12 @@ int main(int count, char**) {
     for (int64_t dim : {16, 64, 80, 128})
         for (int64_t group : {1, 3})
             for (int64_t block : {8, 16, 64}) attend<uint16_t>(dim, group, 2, block), attend<float>(dim, group, 2, block);
+
+    for (int64_t rows : {1, 3, 7})
+        for (int64_t size : {5, 64, 130}) {
+            for (int64_t kind = -1; kind < 3; kind++) layer<uint16_t>(kind, rows, size, size + 3);
+            for (int64_t kind = 0; kind < 3; kind++) layer<float>(kind, rows, size, size + 3);
+        }
 
     const int64_t sizes[] = {1, 2, 15, 16, 17, 33, 63, 64, 65, 130};
     for (int64_t n : sizes)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rollout_spec.kernels.decoder_layer import PackedWeight
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32, an L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 24
@@ -55,6 +57,10 @@ class QuantizedLinear(ABC):
     @abstractmethod
     def dequantized(self) -> Tensor:
         """The weight the kernel multiplies with: [N, K] float32."""
+
+    def for_kernels(self) -> PackedWeight | None:
+        """As `Linear.for_kernels`."""
+        return None
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that defines the layer; equal bytes mean equal layers."""

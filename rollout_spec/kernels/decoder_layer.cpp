@@ -1,0 +1,82 @@
+// A decoder layer in one call: what the other kernels do one after the other, to the bit, without a way back to the
+// caller in between, which for few rows takes as long as many of them.
+#include "kernels.h"
+
+namespace {
+
+// A packed weight [n, k]; kind is one of nf4.h's, or BF16. Scales are int8's; bias, [n], is bf16's.
+struct Linear {
+    int64_t kind, n, k;
+    const void *packed, *scales, *bias;
+};
+constexpr int64_t BF16 = -1;
+
+// Norm weights are [hidden]; qk_norm, [heads + kv_heads, head_dim], may be null.
+struct Layer {
+    const void *input_norm, *qk_norm, *post_norm;
+    Linear qkv, o, gate_up, down;
+};
+
+// What all layers of a pass share: the arguments of the kernels by these names.
+struct Pass {
+    int64_t is_bf16, rows, hidden, heads, kv_heads, head_dim, block_size, head_stride, width, threads;
+    double eps;
+    const void *cosine, *signed_sine;
+    const int64_t *cache_rows, *tables, *sequences, *first, *last;
+
+    int64_t size() const { return is_bf16 ? sizeof(bf16) : sizeof(float); }
+    int64_t bytes(int64_t features) const { return round_up(rows * features * size(), 64); }
+
+    void multiply(const Linear& w, const void* x, void* y) const {
+        if (w.kind == BF16)
+            bf16_linear((const bf16*)x, rows, w.k, w.n, (const bf16*)w.packed, (const bf16*)w.bias, (bf16*)y, threads);
+        else
+            quantized_linear(w.kind, is_bf16, x, rows, w.k, w.n, (const uint8_t*)w.packed, (const float*)w.scales, y,
+                             threads);
+    }
+
+    void add(void* x, const void* y) const {
+        if (is_bf16)
+            for (int64_t i = 0; i < rows * hidden; i++)
+                ((bf16*)x)[i] = narrow(widen(((bf16*)x)[i]) + widen(((const bf16*)y)[i]));
+        else
+            for (int64_t i = 0; i < rows * hidden; i++) ((float*)x)[i] += ((const float*)y)[i];
+    }
+};
+
+}  // namespace
+
+// Bytes of `scratch`.
+EXPORT int64_t decoder_layer_scratch(const Layer* layer, const Pass* pass) {
+    return 2 * pass->bytes(pass->hidden) + pass->bytes(layer->qkv.n) + pass->bytes(layer->o.k) +
+           pass->bytes(layer->gate_up.n) + pass->bytes(layer->down.k);
+}
+
+// x [rows, hidden], the residual stream, in place; keys and values are the layer's cache.
+EXPORT void decoder_layer(const Layer* layer, const Pass* pass, void* x, void* keys, void* values, char* scratch) {
+    const Pass& p = *pass;
+    auto room = [&](int64_t features) {
+        char* own = scratch;
+        scratch += p.bytes(features);
+        return own;
+    };
+    char *normed = room(p.hidden), *added = room(p.hidden), *qkv = room(layer->qkv.n), *attended = room(layer->o.k);
+    char *gate_up = room(layer->gate_up.n), *gated = room(layer->down.k);
+    int64_t rotated = p.heads + p.kv_heads, stride = layer->qkv.n, head = p.head_dim * p.size();
+
+    rms_norm(p.is_bf16, x, layer->input_norm, p.rows, p.hidden, p.eps, normed, p.threads);
+    p.multiply(layer->qkv, normed, qkv);
+    norm_rotate(p.is_bf16, qkv, stride, layer->qk_norm, p.cosine, p.signed_sine, p.rows, rotated, p.head_dim, p.eps,
+                p.threads);
+    store_entries(p.size(), qkv + p.heads * head, stride, qkv + rotated * head, stride, p.cache_rows, p.rows,
+                  p.kv_heads, p.head_dim, keys, values);
+    attention(p.is_bf16, qkv, stride, keys, values, p.head_stride, p.block_size, p.head_dim, p.heads, p.kv_heads,
+              p.tables, p.width, p.sequences, p.first, p.last, p.rows, attended, p.threads);
+    p.multiply(layer->o, attended, added);
+    p.add(x, added);
+    rms_norm(p.is_bf16, x, layer->post_norm, p.rows, p.hidden, p.eps, normed, p.threads);
+    p.multiply(layer->gate_up, normed, gate_up);
+    gated_silu(p.is_bf16, gate_up, p.rows, layer->down.k, gated, p.threads);
+    p.multiply(layer->down, gated, added);
+    p.add(x, added);
+}

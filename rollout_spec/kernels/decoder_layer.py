@@ -1,0 +1,162 @@
+"""A decoder layer in one call of the kernels: `decoder_layer.cpp`.
+
+For few rows the way from one kernel to the next through Python takes longer than most of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollout_spec.kernels.library import KINDS, Kernels
+
+_BF16 = -1
+_SIZE, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, _SIZE) for name in ("kind", "n", "k")),
+        *((name, _POINTER) for name in ("packed", "scales", "bias")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("input_norm", "qk_norm", "post_norm")),
+        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+    )
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = (
+        *((name, _SIZE) for name in ("is_bf16", "rows", "hidden", "heads", "kv_heads", "head_dim")),
+        *((name, _SIZE) for name in ("block_size", "head_stride", "width", "threads")),
+        ("eps", ctypes.c_double),
+        *((name, _POINTER) for name in ("cosine", "signed_sine", "cache_rows", "tables")),
+        *((name, _POINTER) for name in ("sequences", "first", "last")),
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [N, K] as the kernels read it.
+
+    Attributes:
+        kernels: Those that packed it.
+        kind: `bf16`, or one of `KINDS`.
+        shape: (N, K).
+        packed: See `Kernels.pack_bf16` and `Kernels.quantize`.
+        scales: The same.
+        bias: bfloat16 [N], of a `bf16` weight alone.
+    """
+
+    kernels: Kernels
+    kind: str
+    shape: tuple[int, int]
+    packed: Tensor
+    scales: Tensor | None = None
+    bias: Tensor | None = None
+
+    def structure(self) -> ctypes.Structure:
+        """What C++ reads; it holds none of the tensors."""
+        kind = KINDS.get(self.kind, _BF16)
+        return _Linear(kind, *self.shape, *map(_address, (self.packed, self.scales, self.bias)))
+
+
+class PackedLayer:
+    """The weights of a layer, see `models.decoder.LayerWeights`; norms contiguous, in the dtype of the pass.
+
+    Attributes:
+        kernels: What can compute it.
+        dtype: Of the norms.
+    """
+
+    def __init__(
+        self,
+        input_norm: Tensor,
+        qk_norm: Tensor | None,
+        post_norm: Tensor,
+        qkv: PackedWeight,
+        o: PackedWeight,
+        gate_up: PackedWeight,
+        down: PackedWeight,
+    ) -> None:
+        norms, linears = (input_norm, qk_norm, post_norm), (qkv, o, gate_up, down)
+        assert all(x is None or (x.is_contiguous() and x.dtype == input_norm.dtype) for x in norms)
+        assert all(x.kernels is qkv.kernels for x in linears)
+        self.kernels, self.dtype = qkv.kernels, input_norm.dtype
+        self._held = norms, linears
+        self._structure = _Layer(*map(_address, norms), *(x.structure() for x in linears))
+        self.address = ctypes.addressof(self._structure)
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """Where the rows of a pass are in a paged cache, and what each sees of it.
+
+    Attributes:
+        kernels: What reads and writes the cache.
+        keys, values: Of all layers, `[layers, kv_heads, blocks, block_size, head_dim]`.
+        cache_rows: See `Kernels.store_entries`.
+        tables, sequences, first, last: See `Kernels.attention`.
+    """
+
+    kernels: Kernels
+    keys: Tensor
+    values: Tensor
+    cache_rows: Tensor
+    tables: Tensor
+    sequences: Tensor
+    first: Tensor
+    last: Tensor
+
+
+class LayersInOneCall:
+    """The layers of one pass: what the methods of `Kernels` do one by one, to the bit.
+
+    Args:
+        x: `[R, H]`, float32 or bfloat16: the residual stream, written in place.
+        heads: Query heads.
+        cosine, signed_sine, eps: As in `Kernels.norm_rotate`.
+        at: The rows' places.
+    """
+
+    def __init__(
+        self, x: Tensor, heads: int, cosine: Tensor, signed_sine: Tensor, eps: float, at: PagedRows
+    ) -> None:
+        rows, hidden = x.shape
+        _, kv_heads, blocks, block_size, head_dim = at.keys.shape
+        places = at.cache_rows, at.tables, at.sequences, at.first, at.last
+        assert all(t.is_contiguous() for t in (x, cosine, signed_sine, at.keys, at.values, *places))
+        assert all(t.dtype == x.dtype for t in (at.keys, at.values, cosine, signed_sine))
+        assert all(t.dtype == torch.int64 for t in places) and len(at.first) == rows
+        self._dtype, self._library = x.dtype, at.kernels.library
+        self._held: tuple[Any, ...] = x, cosine, signed_sine, at
+        self._pass = _Pass(
+            x.dtype == torch.bfloat16, rows, hidden, heads, kv_heads, head_dim, block_size,
+            blocks * block_size * head_dim, at.tables.shape[1], torch.get_num_threads(), eps,
+            *map(_address, (cosine, signed_sine, *places)),
+        )  # fmt: skip
+        self._x, self._here = x.data_ptr(), ctypes.addressof(self._pass)
+        self._keys, self._values, self._stride = at.keys.data_ptr(), at.values.data_ptr(), at.keys[0].nbytes
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, index: int, layer: PackedLayer) -> None:
+        """Compute the layer, whose part of the cache is `index`."""
+        assert layer.dtype == self._dtype
+        if not self._scratch.numel():
+            size = self._library.decoder_layer_scratch(layer.address, self._here)
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        own = index * self._stride
+        self._library.decoder_layer(
+            layer.address, self._here, self._x, self._keys + own, self._values + own, self._scratch.data_ptr()
+        )
