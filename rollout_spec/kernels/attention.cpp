@@ -2,8 +2,8 @@
 //
 // A row is one query token with all its heads; it sees the entries `first .. last - 1` of its own sequence. Dot products
 // are summed over sixteen lanes and these in pairs, the sum of values in the order of the positions, all in float32: a
-// row's bits depend on the row and the entries that it sees alone. No other entries are read. Rows of one sequence that
-// follow each other, as in verification, share the work of reading its entries.
+// row's bits depend on the row and the entries that it sees alone. Rows of one sequence that follow each other, as in
+// verification, share the work of reading its entries, from the first that one of them sees to the last.
 #include <type_traits>
 
 #include "exponential.h"
@@ -95,8 +95,8 @@ struct Call {
 
     // Call `use(entries as floats, position of the first, and behind the last)` for `start .. stop - 1`, in order.
     template <typename Use>
-    void each_chunk(const Float* entries, const int64_t* table, int64_t start, int64_t stop,
-                                  float* scratch, Use use) const {
+    void each_chunk(const Float* entries, const int64_t* table, int64_t start, int64_t stop, float* scratch,
+                    Use use) const {
         while (start < stop) {
             int64_t offset = start % block_size, count = least(least(block_size - offset, CHUNK), stop - start);
             const Float* chunk = entries + (table[start / block_size] * block_size + offset) * dim;
@@ -105,6 +105,7 @@ struct Call {
         }
     }
 
+    // Floats that `count` rows need.
     int64_t scratch(int64_t count, int64_t stride) const {
         return CHUNK * dim + count * group() * (2 * dim + 1 + stride);
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class KernelWeight:
     """A weight [N, K] as the kernels read it.
 
     Attributes:
@@ -72,12 +71,13 @@ class PackedWeight:
         return _Linear(kind, *self.shape, *map(_address, (self.packed, self.scales, self.bias)))
 
 
-class PackedLayer:
+class KernelLayer:
     """The weights of a layer, see `models.decoder.LayerWeights`; norms contiguous, in the dtype of the pass.
 
     Attributes:
         kernels: What can compute it.
-        dtype: Of the norms.
+        dtype: Of the pass.
+        address: Of what C++ reads.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class PackedLayer:
         input_norm: Tensor,
         qk_norm: Tensor | None,
         post_norm: Tensor,
-        qkv: PackedWeight,
-        o: PackedWeight,
-        gate_up: PackedWeight,
-        down: PackedWeight,
+        qkv: KernelWeight,
+        o: KernelWeight,
+        gate_up: KernelWeight,
+        down: KernelWeight,
     ) -> None:
         norms, linears = (input_norm, qk_norm, post_norm), (qkv, o, gate_up, down)
         assert all(x is None or (x.is_contiguous() and x.dtype == input_norm.dtype) for x in norms)
@@ -139,8 +139,8 @@ class LayersInOneCall:
         assert all(t.is_contiguous() for t in (x, cosine, signed_sine, at.keys, at.values, *places))
         assert all(t.dtype == x.dtype for t in (at.keys, at.values, cosine, signed_sine))
         assert all(t.dtype == torch.int64 for t in places) and len(at.first) == rows
-        self._dtype, self._library = x.dtype, at.kernels.library
-        self._held: tuple[Any, ...] = x, cosine, signed_sine, at
+        self._dtype, self._kernels = x.dtype, at.kernels
+        self._held = x, cosine, signed_sine, at
         self._pass = _Pass(
             x.dtype == torch.bfloat16, rows, hidden, heads, kv_heads, head_dim, block_size,
             blocks * block_size * head_dim, at.tables.shape[1], torch.get_num_threads(), eps,
@@ -150,13 +150,14 @@ class LayersInOneCall:
         self._keys, self._values, self._stride = at.keys.data_ptr(), at.values.data_ptr(), at.keys[0].nbytes
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
-    def __call__(self, index: int, layer: PackedLayer) -> None:
+    def __call__(self, index: int, layer: KernelLayer) -> None:
         """Compute the layer, whose part of the cache is `index`."""
-        assert layer.dtype == self._dtype
+        assert layer.dtype == self._dtype and layer.kernels is self._kernels
+        library = self._kernels.library
         if not self._scratch.numel():
-            size = self._library.decoder_layer_scratch(layer.address, self._here)
+            size = library.decoder_layer_scratch(layer.address, self._here)
             self._scratch = torch.empty(size, dtype=torch.uint8)
         own = index * self._stride
-        self._library.decoder_layer(
+        library.decoder_layer(
             layer.address, self._here, self._x, self._keys + own, self._values + own, self._scratch.data_ptr()
         )

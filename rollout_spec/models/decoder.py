@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rollout_spec.kernels.decoder_layer import LayersInOneCall, PackedLayer, PackedWeight, PagedRows
+from rollout_spec.kernels.decoder_layer import KernelLayer, LayersInOneCall, PagedRows
 from rollout_spec.models.elementwise import gated_silu, norm, norm_rotate
 from rollout_spec.models.linear import Linear
 from rollout_spec.models.rope import RotaryTable
@@ -40,14 +40,11 @@ class LayerWeights:
     down: Linear
 
     @cached_property
-    def packed(self) -> PackedLayer | None:
+    def for_kernels(self) -> KernelLayer | None:
         """The block for this project's CPU kernels, if all of it runs on them."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        parts = {
-            name: x if x is None or isinstance(x, Tensor) else x.for_kernels() for name, x in parts.items()
-        }
-        linears = [parts[name] for name in ("qkv", "o", "gate_up", "down")]
-        return PackedLayer(**parts) if all(isinstance(x, PackedWeight) for x in linears) else None
+        linears = {name: parts[name].for_kernels() for name in ("qkv", "o", "gate_up", "down")}
+        return KernelLayer(**parts | linears) if all(linears.values()) else None
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,8 @@ class Decoder:
         for index, layer in enumerate(weights.layers):
             if tap is not None:
                 tap(index, x)
-            if together is not None and layer.packed is not None:
-                together(index, layer.packed)
+            if together is not None and layer.for_kernels is not None:
+                together(index, layer.for_kernels)
                 continue
             qkv = layer.qkv(norm(x, layer.input_norm, eps)).view(heads)
             qk = norm_rotate(qkv, rotated, layer.qk_norm, cos, signed_sin, eps)

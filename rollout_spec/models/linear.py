@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rollout_spec.kernels.decoder_layer import PackedWeight
+from rollout_spec.kernels.decoder_layer import KernelWeight
 from rollout_spec.kernels.library import Kernels, kernels
 
 
@@ -30,7 +30,7 @@ class Linear(Protocol):
         """The weight [N, K]."""
         ...
 
-    def for_kernels(self) -> PackedWeight | None:
+    def for_kernels(self) -> KernelWeight | None:
         """The weight for this project's CPU kernels, if one of them is all that the layer is."""
         ...
 
@@ -75,9 +75,9 @@ class KernelLinear:
         """The weight [N, K] that was packed, unpacked into new memory."""
         return self._kernels.unpack_bf16(self._packed, self._shape)
 
-    def for_kernels(self) -> PackedWeight:
+    def for_kernels(self) -> KernelWeight:
         """The packed weight."""
-        return PackedWeight(self._kernels, "bf16", self._shape, self._packed, bias=self.bias)
+        return KernelWeight(self._kernels, "bf16", self._shape, self._packed, bias=self.bias)
 
 
 class PackedLinear:

@@ -111,9 +111,8 @@ class PagedAttention:
 
 def _paged(kernels: Kernels, cache: KVCache, rows: Rows) -> PagedRows:
     seen = _seen(rows)
-    if short := len(rows.kv_rows) // cache.keys.shape[1] - len(
-        seen[0]
-    ):  # padding rows without a place in the grid
+    count = len(rows.kv_rows) // cache.keys.shape[1]
+    if short := count - len(seen[0]):  # padding rows without a place in the grid
         seen = tuple(F.pad(x, (0, short)) for x in seen)
     return PagedRows(kernels, cache.keys, cache.values, rows.kv_rows, rows.tables, *seen)
 

@@ -13,6 +13,7 @@ from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off
 from rollout_spec.policy.cost_model import CostModel, PassCost
 from rollout_spec.policy.records import HISTORY, Reason
+from rollout_spec.torch_backend import calibrate
 from rollout_spec.torch_backend import choose_policy as choosing
 from rollout_spec.torch_backend.calibrate import BRIEF, calibration_key, measure
 
@@ -65,6 +66,16 @@ def test_another_dtype_or_drafter_is_another_calibration(make_engine, cache):
         for dtype in ("float32", "bfloat16")
     ]
     assert len({str(calibration.cache_path(key)) for key in keys}) == len(keys)
+
+
+def test_other_kernels_are_another_calibration(make_engine, cache, monkeypatch):
+    backend = make_engine(dtype="bfloat16").backend
+    own = calibration_key(backend)
+    if (kernels := calibrate.kernels()) is None:
+        assert "kernels" not in own
+        return
+    monkeypatch.setattr(kernels, "build", f"{kernels.variant}-of other sources")
+    assert calibration.cache_path(calibration_key(backend)) != calibration.cache_path(own)
 
 
 def test_a_damaged_calibration_is_made_anew(make_engine, cache):

@@ -78,6 +78,22 @@ def test_a_row_depends_on_nothing_beside_it(kernels, dtype, threads):
     assert torch.equal(case.run(kernels), together)
 
 
+@pytest.mark.parametrize(("heads", "longest"), [(4, 70), (20, 700)], ids=["short", "long"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
+def test_rows_of_one_sequence_may_be_computed_together(kernels, threads, dtype, heads, longest):
+    """More of them than share a tile, which is smaller where contexts are long and heads many."""
+    case = Case(dtype, heads=heads, longest=longest, head_dim=16)
+    case.q = gaussian(29, heads, 16, seed=5).to(dtype)
+    case.sequences = torch.tensor([0] * 21 + [2] * 8)
+    case.last = longest - torch.arange(29).flip(0)
+    case.first = torch.tensor([0, 3, 40, longest // 2]).repeat(8)[:29]
+    case.first[10] = case.last[10]  # sees nothing
+    together = case.run(kernels)
+    assert together.isfinite().all() and not together[10].any()
+    for row in range(29):
+        assert torch.equal(case.run(kernels, slice(row, row + 1)), together[row : row + 1])
+
+
 def test_entries_that_a_row_does_not_see_are_not_read(kernels):
     case = Case(torch.float32)
     before = case.run(kernels, slice(4, 6))

@@ -62,7 +62,7 @@ class Batch:
         )  # fmt: skip
         run = LayersInOneCall(self.x, HEADS, self.cosine, self.sine, EPS, at)
         for index, layer in enumerate(layers):
-            run(index, layer.packed)
+            run(index, layer.for_kernels)
 
     def one_by_one(self, layers):
         own, rotated = self.kernels, HEADS + KV_HEADS
@@ -104,9 +104,11 @@ def test_layers_are_not_confused(kernels):
 
 def test_a_layer_with_a_part_that_has_no_kernel_has_none(kernels):
     layer = make_layer(kernels, "bf16", torch.bfloat16, True, False, 0)
-    assert layer.packed is not None and layer.packed is layer.packed
+    assert layer.for_kernels is not None and layer.for_kernels is layer.for_kernels
     parts = {
         name: getattr(layer, name) for name in ("input_norm", "qk_norm", "post_norm", "qkv", "o", "gate_up")
     }
-    assert LayerWeights(**parts, down=PlainLinear(layer.down.dense())).packed is None
-    assert make_layer(kernels, "nf4", torch.bfloat16, True, True, 0).packed is None, "its bias is added apart"
+    assert LayerWeights(**parts, down=PlainLinear(layer.down.dense())).for_kernels is None
+    assert make_layer(kernels, "nf4", torch.bfloat16, True, True, 0).for_kernels is None, (
+        "its bias is added apart"
+    )

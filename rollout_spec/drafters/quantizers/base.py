@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rollout_spec.kernels.decoder_layer import PackedWeight
+from rollout_spec.kernels.decoder_layer import KernelWeight
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU_BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32, an L2 cache
@@ -58,7 +58,7 @@ class QuantizedLinear(ABC):
     def dequantized(self) -> Tensor:
         """The weight the kernel multiplies with: [N, K] float32."""
 
-    def for_kernels(self) -> PackedWeight | None:
+    def for_kernels(self) -> KernelWeight | None:
         """As `Linear.for_kernels`."""
         return None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rollout_spec.drafters.quantizers.base import QuantizedLinear, Quantizer, one_thread, round_up
-from rollout_spec.kernels.decoder_layer import PackedWeight
+from rollout_spec.kernels.decoder_layer import KernelWeight
 from rollout_spec.kernels.library import Kernels, kernels
 
 PANEL, GROUP = 16, 64
@@ -33,12 +33,12 @@ class KernelQuantizedLinear(QuantizedLinear):
             self.kind, _supported(x), self.packed, self.scales, self.out_features
         )
 
-    def for_kernels(self) -> PackedWeight | None:
+    def for_kernels(self) -> KernelWeight | None:
         """The packed weight, unless a bias is added to its product."""
         if self.bias is not None:
             return None
         shape = (self.out_features, self.in_features)
-        return PackedWeight(self._kernels, self.kind, shape, self.packed, self.scales)
+        return KernelWeight(self._kernels, self.kind, shape, self.packed, self.scales)
 
     def payload(self) -> dict[str, Tensor]:
         scales = {} if self.scales is None else {"scales": self.scales}
