@@ -8,6 +8,9 @@ import torch
 
 from rollout_spec import RolloutEngine, SamplingParams
 from rollout_spec.drafters.history import History
+from rollout_spec.kernels.decoder_layer import LayersInOneCall
+from rollout_spec.kernels.library import kernels
+from rollout_spec.models.decoder import Decoder
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off, RandomLengths
 from rollout_spec.policy.cost_model import CostModel, PassCost
@@ -89,6 +92,22 @@ def test_identical_with_speculation_on_off_toggled_and_any_k(dtype):
         compared += sum(map(len, speculative))
     assert compared >= LEAST_TOKENS
     assert len({tuple(tokens) for tokens in plain}) > REQUESTS  # seeds give different samples
+
+
+@pytest.mark.skipif(kernels() is None, reason="this machine has none of the CPU kernels")
+def test_layers_in_one_call_change_no_bit(monkeypatch):
+    """Of the target and of the drafter; without the call they run kernel by kernel."""
+    calls = []
+    run = LayersInOneCall.__call__
+    monkeypatch.setattr(LayersInOneCall, "__call__", lambda *a: (calls.append(a[2]), run(*a))[1])
+    engine = engine_for("bfloat16")
+    together = rollouts(engine, Fixed(4), 1.0, [0])
+    weights = engine.backend.weights
+    for model in (weights.target, weights.drafter.model):
+        assert all(layer.for_kernels in calls for layer in model.weights.layers)
+    monkeypatch.setattr(LayersInOneCall, "__call__", lambda *_: pytest.fail("a layer in one call"))
+    monkeypatch.setattr(Decoder, "_in_one_call", lambda *_: None)
+    assert rollouts(engine, Fixed(4), 1.0, [0]) == together
 
 
 @pytest.mark.timeout(300)

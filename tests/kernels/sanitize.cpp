@@ -55,12 +55,12 @@ static void bf16(int64_t m, int64_t n, int64_t k) {
     free(weight), free(x), free(y), free(packed), free(bias);
 }
 
-// Two sequences of one and three blocks; the last block ends the cache, and the last row fills it.
+// Two sequences of one and three blocks; the last block ends the cache, and the last rows fill it.
 template <typename Float>
 static void attend(int64_t dim, int64_t group, int64_t kv_heads, int64_t block) {
-    int64_t heads = group * kv_heads, blocks = 4, rows = 5;
-    int64_t tables[] = {1, 0, 0, 0, 2, 3}, sequences[] = {0, 0, 1, 1, 1};
-    int64_t first[] = {0, 1, 0, 5, block - 1}, last[] = {1, block, block + 1, 5, 3 * block};
+    int64_t heads = group * kv_heads, blocks = 4, rows = 6;
+    int64_t tables[] = {1, 0, 0, 0, 2, 3}, sequences[] = {0, 0, 1, 1, 1, 1};
+    int64_t first[] = {0, 1, 0, 5, block - 1, 2 * block + 1}, last[] = {1, block, block + 1, 5, 3 * block, 3 * block};
     Float *q = buffer<Float>(rows * heads * dim), *out = buffer<Float>(rows * heads * dim);
     Float *keys = buffer<Float>(kv_heads * blocks * block * dim), *values = buffer<Float>(kv_heads * blocks * block * dim);
     Float *k = buffer<Float>(rows * kv_heads * dim), *v = buffer<Float>(rows * kv_heads * dim);
