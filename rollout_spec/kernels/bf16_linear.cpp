@@ -16,6 +16,8 @@ struct Tiling {
     int64_t height(int64_t tile) const { return rows / count + (tile < rows % count); }
 };
 
+constexpr int64_t LINE = 2 * PANEL * sizeof(bf16);  // bytes
+
 // What one step of a dot product reads of a row: one column, or a pair of them.
 constexpr int64_t UNIT = 2 / LINE_PARTS;
 
@@ -34,15 +36,21 @@ constexpr int64_t UNIT = 2 / LINE_PARTS;
     }
 }
 
+// What to fetch while a panel is multiplied: from where, and how many bytes per line of the panel.
+struct Ahead {
+    const char* start;
+    int64_t step;
+};
+
 template <int ROWS, int PANELS>
-INLINE void tile(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, F16 (&sums)[ROWS][PANELS]) {
+INLINE void tile(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, Ahead ahead, F16 (&sums)[ROWS][PANELS]) {
     for (int r = 0; r < ROWS; r++)
         for (int p = 0; p < PANELS; p++) sums[r][p] = zeros();
-    for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL, x += 2 * ROWS) {
+    for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL, x += 2 * ROWS, ahead.start += ahead.step) {
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) {
             const bf16* line = w + p * panel;
-            __builtin_prefetch((const char*)line + 2048);
+            __builtin_prefetch(ahead.start + p * panel * sizeof(bf16));
 #pragma GCC unroll 2
             for (int part = 0; part < LINE_PARTS; part++) {
                 LinePart weights = load_part(line, part);
@@ -71,15 +79,15 @@ struct Output {
 };
 
 template <int ROWS, int PANELS>
-void rows_of_panels(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, int64_t row, int64_t column,
-                    const Output& out) {
+void rows_of_panels(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, Ahead ahead, int64_t row,
+                    int64_t column, const Output& out) {
     F16 sums[ROWS][PANELS];
-    tile<ROWS, PANELS>(w, panel, x + row * k, k, sums);
+    tile<ROWS, PANELS>(w, panel, x + row * k, k, ahead, sums);
     for (int r = 0; r < ROWS; r++)
         for (int p = 0; p < PANELS; p++) out.write(sums[r][p], row + r, column + p * PANEL);
 }
 
-typedef void (*RowsOfPanels)(const bf16*, int64_t, const bf16_operand*, int64_t, int64_t, int64_t, const Output&);
+typedef void (*RowsOfPanels)(const bf16*, int64_t, const bf16_operand*, int64_t, Ahead, int64_t, int64_t, const Output&);
 
 template <int PANELS, int ROWS>
 struct Tiles {
@@ -92,12 +100,16 @@ struct Tiles<PANELS, 0> {
     static RowsOfPanels of(int64_t) { return nullptr; }
 };
 
-// All rows of one or two panels.
+// All rows of one or two panels. The first tile reads them from memory and the others from the cache: so that memory is
+// not idle meanwhile, each of several tiles fetches its share of the panels that follow.
 template <int PANELS, int MOST>
 void panels_times_rows(const bf16* w, int64_t panel, const bf16_operand* x, const Tiling& tiling, int64_t k,
                        int64_t column, const Output& out) {
-    for (int64_t t = 0; t < tiling.count; t++)
-        Tiles<PANELS, MOST>::of(tiling.height(t))(w, panel, x, k, tiling.start(t), column, out);
+    int64_t count = tiling.count, bytes = panel * sizeof(bf16);
+    for (int64_t t = 0; t < count; t++) {
+        Ahead ahead = {(const char*)w + (count > 1 ? PANELS * bytes + bytes * t / count : 8192), LINE / count};
+        Tiles<PANELS, MOST>::of(tiling.height(t))(w, panel, x, k, ahead, tiling.start(t), column, out);
+    }
 }
 
 }  // namespace

@@ -86,7 +86,7 @@ void quantize_row(int kind, const Panel& panel, int64_t r, int64_t columns, floa
             round_to_bytes(x, GROUP, widen(offset), 1 / widen(scale), 0, 15, own);
         } else {
             float largest = range.largest > 1e-30f ? range.largest : 1e-30f;
-            scale = narrow(largest / 63);
+            scale = narrow(largest / 32);
             nf4_codes(x, GROUP, largest, own);
         }
     }

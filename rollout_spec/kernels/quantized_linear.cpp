@@ -7,7 +7,7 @@
 //   int8  [n/16, k/4, 16, 4] signed bytes; a float32 scale per row
 //   4 bits [n/16, k/64, block]; a block holds 8 lines of 16 x 4 bytes, whose low and high nibbles are the codes of
 //         columns 8 t .. 8 t + 3 and 8 t + 4 .. 8 t + 7 of line t, then 16 bf16 scales, then, for int4, 16 bf16 offsets
-//   int4: weight = code * scale + offset.    nf4: weight = (NF4[code] - 64) * scale, NF4 from 1 to 127.
+//   int4: weight = code * scale + offset.    nf4: weight = (NF4[code] - 32) * scale, NF4 from 0 to 64.
 #include "kernels.h"
 #include "layout.h"
 #include "nf4.h"
@@ -131,7 +131,7 @@ struct FourBits {
             if (NF4_CODES) {
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++)
-                    out[r] = fma(to_float(plus(total(sums[r]), -64 * group_sums[r * x.groups + g])), scale, out[r]);
+                    out[r] = fma(to_float(plus(total(sums[r]), -32 * group_sums[r * x.groups + g])), scale, out[r]);
             } else {
                 F16 offset = load((const bf16*)(w + CODES) + PANEL);
 #pragma GCC unroll 8

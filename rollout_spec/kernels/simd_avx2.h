@@ -3,7 +3,7 @@
 
 typedef float bf16_operand;   // what bf16 weights are multiplied with
 typedef int16_t int8_operand;  // what 8-bit weights are multiplied with
-constexpr int BF16_ROWS = 6, BF16_ROWS_OF_PAIR = 3, INT8_ROWS = 2, INT4_ROWS = 3;
+constexpr int BF16_ROWS = 6, BF16_ROWS_OF_PAIR = 3, INT8_ROWS = 2, INT4_ROWS = 4;
 
 struct F16 { __m256 a, b; };
 struct I16 { __m256i a, b; };
@@ -72,7 +72,7 @@ INLINE I16 total(ByteSums s, int32_t) {
 
 // 4 bits: sixteen times eight weights, as unsigned bytes: the codes themselves, or what `table` says of them.
 // A product of unsigned and signed bytes is added in pairs to 16 bits; neither kind can overflow these: codes reach
-// 15, four lines of them 16 * 15 * 128 = 30720; a table's entries reach 127, one pair 2 * 127 * 128 = 32512.
+// 15, four lines of them 16 * 15 * 127 = 30480; a table's entries reach 64, one line of them 4 * 64 * 127 = 32512.
 struct Table { __m256i t; };
 struct Nibbles { I16 low, high; };
 struct NibbleSums { I16 wide, narrow; };
@@ -101,12 +101,9 @@ INLINE NibbleSums dot(NibbleSums s, Nibbles w, const int8_t* x) {
     __m256i u = _mm256_set1_epi32(first), v = _mm256_set1_epi32(second);
     __m256i la = _mm256_maddubs_epi16(w.low.a, u), lb = _mm256_maddubs_epi16(w.low.b, u);
     __m256i ha = _mm256_maddubs_epi16(w.high.a, v), hb = _mm256_maddubs_epi16(w.high.b, v);
-    if (TABLE) {
-        s.wide = widen_add(widen_add(s.wide, la, lb), ha, hb);
-    } else {
-        s.narrow.a = _mm256_add_epi16(s.narrow.a, _mm256_add_epi16(la, ha));
-        s.narrow.b = _mm256_add_epi16(s.narrow.b, _mm256_add_epi16(lb, hb));
-    }
+    I16 line = {_mm256_add_epi16(la, ha), _mm256_add_epi16(lb, hb)};
+    if (TABLE) s.wide = widen_add(s.wide, line.a, line.b);
+    else s.narrow = {_mm256_add_epi16(s.narrow.a, line.a), _mm256_add_epi16(s.narrow.b, line.b)};
     return s;
 }
 template <bool TABLE>

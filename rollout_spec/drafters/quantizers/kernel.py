@@ -17,7 +17,7 @@ from rollout_spec.kernels.decoder_layer import KernelWeight
 from rollout_spec.kernels.library import Kernels, kernels
 
 PANEL, GROUP = 16, 64
-NF4_LEVELS = (1, 20, 31, 39, 46, 52, 58, 64, 69, 74, 80, 85, 92, 99, 110, 127)  # in 63rds, plus 64
+NF4_LEVELS = (0, 10, 15, 19, 23, 26, 29, 32, 35, 37, 40, 43, 46, 50, 55, 64)  # in 32nds, plus 32
 
 
 class KernelQuantizedLinear(QuantizedLinear):
@@ -62,7 +62,7 @@ class KernelQuantizedLinear(QuantizedLinear):
         scale, *offset = affine.permute(2, 0, 3, 1)[..., None]
         if self.kind == "int4":
             return codes * scale + offset[0]
-        return (torch.tensor(NF4_LEVELS)[codes] - 64) * scale
+        return (torch.tensor(NF4_LEVELS)[codes] - 32) * scale
 
 
 def _supported(x: Tensor) -> Tensor:
