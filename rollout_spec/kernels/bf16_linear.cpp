@@ -149,7 +149,7 @@ EXPORT void bf16_unpack(const bf16* packed, int64_t n, int64_t k, bf16* weight) 
 EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf16* packed, const bf16* bias, bf16* y,
                         int threads) {
     int64_t padded = round_up(k, 2), panel = PANEL * padded, pairs = (round_up(n, PANEL) / PANEL + 1) / 2;
-    bool few = m <= BF16_ROWS_OF_PAIR;  // then two panels at a time, to have enough sums under way
+    bool few = m <= BF16_FEW_ROWS;  // then two panels at a time, to have enough sums under way
     Tiling tiling(m, few ? BF16_ROWS_OF_PAIR : BF16_ROWS);
     bf16_operand* operands = allocate<bf16_operand>(m * padded);
     Output out = {y, bias, n};
