@@ -67,8 +67,8 @@ def spread(problems: Sequence[Any], count: int) -> list[Any]:
 
 @click.command()
 @click.argument("model", required=False, type=click.Path(path_type=Path))
-@click.option("--requests", type=click.IntRange(1, 1024), default=8, show_default=True, help="Problems.")
-@click.option("--group", type=click.IntRange(1, 1024), default=4, show_default=True, help="Samples of each.")
+@click.option("--requests", type=click.IntRange(1, 1024), default=16, show_default=True, help="Problems.")
+@click.option("--group", type=click.IntRange(1, 1024), default=2, show_default=True, help="Samples of each.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the problems and the noise.")
 @click.option(
     "--size",
