@@ -113,7 +113,7 @@ class LongTail:
         self._plain: dict[str, list[list[int]]] = {}
 
     def run(self) -> None:
-        """Everything: tune on other prompts, first epoch, second epoch, degraded acceptance."""
+        """Tune on other prompts, first epoch, second epoch."""
         workload = self._tuning_workload()
         fixed, efficient, bandit = self._tune(workload)
         runs, lengths = self._epoch(
@@ -128,6 +128,9 @@ class LongTail:
         self._compare("epoch 1", runs, "automatic, self-drafter")
         self._predict(runs, lengths)
         self._second_epoch(dict(zip(RULES[1:], (efficient(), bandit()), strict=True)))
+
+    def degraded(self) -> None:
+        """The first rollouts again, after `run`, with a drafter of which noise has made a worse one."""
         for acceptance in _DEGRADED:
             with self.console.status(f"degrading the drafter to acceptance {acceptance}"):
                 found = [degrade(engine, acceptance, self._texts, self.seed) for engine in self.engines[:2]]

@@ -108,9 +108,17 @@ _longtail_targets = {  # by samples in a rollout: with the quantized drafter alo
     "--batch", type=click.Choice(("8", "32")), multiple=True, help="Samples per rollout; default: both."
 )
 @click.option("--draws", type=click.IntRange(1), default=20, show_default=True, help="Rollouts counted.")
+@click.option(
+    "--degraded/--no-degraded",
+    default=True,
+    show_default=True,
+    help="Also with worse acceptance, at the end.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
 @report_options
-def longtail(size: str, batch: tuple[str, ...], draws: int, seed: int, json_path: Path | None) -> None:
+def longtail(
+    size: str, batch: tuple[str, ...], draws: int, degraded: bool, seed: int, json_path: Path | None
+) -> None:
     """Makespan of whole rollouts with the policy's own lengths, under every way of deciding."""
     console = Console()
     results: dict[str, Any] = {"model": f"shipped arithmetic policy, expanded to {size}"}
@@ -118,6 +126,8 @@ def longtail(size: str, batch: tuple[str, ...], draws: int, seed: int, json_path
     for count in map(int, batch or ("8", "32")):
         part = LongTail(expanded_policy(size), count, draws, seed, console)
         part.run()
+        if degraded:
+            part.degraded()
         results[f"B={count}"] = {"speedups": part.results, "automatic_over": part.over, "notes": part.notes}
         speedup = {name: row["speedup"] for name, row in part.results.items()}
         alone = speedup[f"epoch 1, B={count}, automatic, self-drafter"]
