@@ -43,7 +43,8 @@ struct Ahead {
 };
 
 template <int ROWS, int PANELS>
-INLINE void tile(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, Ahead ahead, F16 (&sums)[ROWS][PANELS]) {
+INLINE void tile(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, Ahead ahead,
+                 F16 (&sums)[ROWS][PANELS]) {
     for (int r = 0; r < ROWS; r++)
         for (int p = 0; p < PANELS; p++) sums[r][p] = zeros();
     for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL, x += 2 * ROWS, ahead.start += ahead.step) {
@@ -87,7 +88,8 @@ void rows_of_panels(const bf16* w, int64_t panel, const bf16_operand* x, int64_t
         for (int p = 0; p < PANELS; p++) out.write(sums[r][p], row + r, column + p * PANEL);
 }
 
-typedef void (*RowsOfPanels)(const bf16*, int64_t, const bf16_operand*, int64_t, Ahead, int64_t, int64_t, const Output&);
+typedef void (*RowsOfPanels)(const bf16*, int64_t, const bf16_operand*, int64_t, Ahead, int64_t, int64_t,
+                             const Output&);
 
 template <int PANELS, int ROWS>
 struct Tiles {
@@ -100,8 +102,8 @@ struct Tiles<PANELS, 0> {
     static RowsOfPanels of(int64_t) { return nullptr; }
 };
 
-// All rows of one or two panels. The first tile reads them from memory and the others from the cache: so that memory is
-// not idle meanwhile, each of several tiles fetches its share of the panels that follow.
+// All rows of one or two panels. A single tile fetches its own panels, 8 KiB ahead. Of several the first would wait for
+// memory and the others, which find the panels in the cache, leave it idle: each fetches its share of the next panels.
 template <int PANELS, int MOST>
 void panels_times_rows(const bf16* w, int64_t panel, const bf16_operand* x, const Tiling& tiling, int64_t k,
                        int64_t column, const Output& out) {
