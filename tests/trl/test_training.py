@@ -68,7 +68,7 @@ def test_sampled_training_reaches_the_same_level(tmp_path: Path) -> None:
 def test_logprobs_are_those_of_the_trainers_weights_at_every_step(tmp_path: Path) -> None:
     """Under a temperature and after updates, with the trainer's step as version.
 
-    The reference is the trainer's weights in fp64: its own fp32 forward is up to 1.6e-5 from that, ours less than 1e-5.
+    The reference is the trainer's weights in fp64: two forwards in fp32 can be further apart than what is asked here.
     """
     import torch
 
