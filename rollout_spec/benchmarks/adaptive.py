@@ -22,8 +22,9 @@ from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Delegate, Fixed, Off
 from rollout_spec.policy.records import Plan, SpeculationPolicy, StepOutcome, StepState
 
-_SINGLE, _LONGEST = 96, 192  # tokens of an answer: alone, and in a rollout
-_GRID, _CHOOSING = (3, 5, 7), 2  # draft lengths, and prompts to choose one by
+_FEW, _LONGEST = 96, 192  # tokens of an answer: at a fixed draft length, and in a rollout
+LENGTHS = {1: (3, 5, 7), 4: (1, 2, 3)}  # draft lengths to choose from, by batch size
+_CHOOSING = 2  # rollouts to choose one by
 
 
 class Only(Delegate):
@@ -96,17 +97,21 @@ class AdaptiveBenchmark:
         self._adaptive_cost = adaptive.costs().passes[NAME]
         self.results: dict[str, dict[str, Any]] = {}
 
-    def single(self, pairs: int) -> dict[str, Any]:
-        """B=1 on the policy's own text, each drafter at the fixed draft length that is best for it.
+    def fixed(self, batch: int, pairs: int) -> dict[str, Any]:
+        """A few long answers at a time, each drafter at the fixed draft length that is best for it.
 
-        The lengths are chosen on other prompts.
+        Args:
+            batch: A key of `LENGTHS`. The lengths are chosen on other prompts.
+            pairs: How often.
         """
-        prompts = stratified(4, pairs + _CHOOSING, self.seed)[3::4]  # the longest quarter
-        chosen = {name: self._best_length(name, prompts[:_CHOOSING]) for name in (self.self_drafter, NAME)}
+        prompts = stratified(4, batch * (pairs + _CHOOSING), self.seed)[3::4]  # the longest quarter
+        rollouts = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+        choosing, counted = rollouts[:_CHOOSING], rollouts[_CHOOSING:]
+        chosen = {name: self._best_length(name, choosing) for name in (self.self_drafter, NAME)}
         policies: dict[str, SpeculationPolicy] = {"plain": Off()} | {
             name: Fixed(length, drafter=name) for name, length in chosen.items()
         }
-        seconds, spec = self._interleaved("single", policies, [[p] for p in prompts[_CHOOSING:]])
+        seconds, spec = self._interleaved(f"fixed-{batch}", policies, counted, longest=_FEW)
         found = self._ratios(seconds, spec, "plain")
         return {
             "draft_lengths": chosen,
@@ -140,12 +145,12 @@ class AdaptiveBenchmark:
         policy.add_drafter(NAME, self._adaptive_cost)
         return policy
 
-    def _best_length(self, drafter: str, prompts: Sequence[str]) -> int:
+    def _best_length(self, drafter: str, rollouts: Sequence[Sequence[str]]) -> int:
         def total(length: int) -> float:
             policies: dict[str, SpeculationPolicy] = {"": Fixed(length, drafter=drafter)}
-            return sum(self._interleaved("choose", policies, [[p] for p in prompts])[0][""])
+            return sum(self._interleaved("choose", policies, rollouts, longest=_FEW)[0][""])
 
-        return min(_GRID, key=total)
+        return min(LENGTHS[len(rollouts[0])], key=total)
 
     def _interleaved(
         self,
@@ -153,6 +158,7 @@ class AdaptiveBenchmark:
         policies: Mapping[str, SpeculationPolicy],
         rollouts: Sequence[Sequence[str]],
         uncounted: int = 0,
+        longest: int = _LONGEST,
     ) -> tuple[dict[str, list[float]], dict[str, SpecCounts]]:
         names = list(policies)
         seconds: dict[str, list[float]] = {policy: [] for policy in names}
@@ -162,7 +168,7 @@ class AdaptiveBenchmark:
             tokens: list[list[int]] | None = None
             for policy in names[draw % len(names) :] + names[: draw % len(names)]:
                 with self.console.status(f"{name}, {draw + 1} of {len(rollouts)}: {policy}"):
-                    took, completions = self._rollout(policies[policy], prompts, ids)
+                    took, completions = self._rollout(policies[policy], prompts, ids, longest)
                 found = [c.token_ids for c in completions]
                 assert tokens is None or tokens == found, "speculation changed a token"
                 tokens = found
@@ -172,12 +178,11 @@ class AdaptiveBenchmark:
         return seconds, spec
 
     def _rollout(
-        self, policy: SpeculationPolicy, prompts: Sequence[str], ids: list[str]
+        self, policy: SpeculationPolicy, prompts: Sequence[str], ids: list[str], longest: int
     ) -> tuple[float, list[Completion]]:
         self.engine.backend.policy, self.engine.backend.history = policy, None
         start = time.perf_counter()
-        params = SamplingParams(max_tokens=_SINGLE if len(prompts) == 1 else _LONGEST)
-        completions = self.engine.generate(list(prompts), params, request_ids=ids)
+        completions = self.engine.generate(list(prompts), SamplingParams(max_tokens=longest), request_ids=ids)
         return time.perf_counter() - start, completions
 
     def _ratios(

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 
 from rollout_spec.adaptive.checkpoint import checkpoints, read_checkpoint
-from rollout_spec.benchmarks.adaptive import AdaptiveBenchmark
+from rollout_spec.benchmarks.adaptive import LENGTHS, AdaptiveBenchmark
 from rollout_spec.benchmarks.capture import CaptureCost
 from rollout_spec.config import ADAPTIVE_QUANTIZERS, DRAFTERS
 from rollout_spec.contracts import RolloutSpecError
@@ -27,7 +28,9 @@ _DTYPES = click.Choice(("auto", "float32", "bfloat16"))
 @click.option(
     "--size", type=click.Choice(SIZES), default="300m", show_default=True, help="Of the shipped policy."
 )
-@click.option("--pairs", type=click.IntRange(3), default=7, show_default=True, help="Single answers.")
+@click.option(
+    "--pairs", type=click.IntRange(3), default=7, show_default=True, help="Answers, one and four at a time."
+)
 @click.option(
     "--draws", type=click.IntRange(3), default=5, show_default=True, help="Rollouts per batch size."
 )
@@ -67,21 +70,24 @@ def adaptive(
     benchmark = AdaptiveBenchmark(
         expanded_policy(size), larger, self_drafter, quantizer, seed, console, dtype
     )
-    single = benchmark.single(pairs)
+    fixed = {f"B={count}": benchmark.fixed(count, pairs) for count in LENGTHS}
     tails = {f"B={count}": benchmark.longtail(count, draws) for count in batch or (8,)}
-    over = single["adaptive_over_self_drafter"]["median"]
+    over = fixed["B=1"]["adaptive_over_self_drafter"]["median"]
     checks = [Check("adaptive over self-drafter, one sequence", over, ">= 1.15", over >= 1.15)]
+    best = max(found["median"] for found in fixed["B=4"]["speedup"].values())
+    checks.append(Check("the better drafter over plain decoding, B=4", best, ">= 1.12", best >= 1.12))
     for name, row in tails.items():
         low = row["both_over_better_alone"]["interval_95"][1]
         checks.append(Check(f"both over the better alone, {name}, upper bound", low, ">= 1", low >= 1.0))
     results = {
         "model": f"shipped arithmetic policy, expanded to {size}",
         "dtype": str(benchmark.engine.backend.dtype),
+        "threads": torch.get_num_threads(),
         "self_drafter": benchmark.self_drafter,
         "adaptive_quantizer": quantizer,
         "spec": larger.spec.to_dict(),
         "costs": benchmark.costs.to_dict(),
-        "single": single,
+        "fixed": fixed,
         "longtail": tails,
     }
     finish(Report("bench adaptive", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)

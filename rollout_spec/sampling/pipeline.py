@@ -262,18 +262,21 @@ def token_logprobs(raw_logits: Tensor, processed: Processed, tokens: Tensor) -> 
         tokens: int64 [B, S], in the vocabulary.
     """
     index = tokens.unsqueeze(-1)
-    logprob = raw_logits.gather(-1, index).squeeze(-1) - raw_logits.logsumexp(-1)
+
+    def chosen(logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1).gather(-1, index).squeeze(-1)
+
+    logprob = chosen(raw_logits)
     if processed.logits is raw_logits:
         return TokenLogprobs(logprob, logprob, torch.ones_like(logprob))
-    kept = processed.logits.logsumexp(-1)
-    processed_logprob = processed.logits.gather(-1, index).squeeze(-1) - kept
+    processed_logprob = chosen(processed.logits)
     if processed.uncut is None:
         return TokenLogprobs(logprob, processed_logprob, torch.ones_like(logprob))
-    mask_mass = (kept - processed.uncut.logsumexp(-1)).exp().clamp_max(1.0)
+    mask_mass = (processed.logits.logsumexp(-1) - processed.uncut.logsumexp(-1)).exp().clamp_max(1.0)
     return TokenLogprobs(logprob, processed_logprob, mask_mass)
 
 
 def top_logprobs(raw_logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k most probable tokens of the full policy at T=1: logprobs float32 and ids int64, each [B, S, k]."""
-    values, ids = raw_logits.topk(k)
-    return values - raw_logits.logsumexp(-1, keepdim=True), ids
+    ids = raw_logits.topk(k).indices
+    return raw_logits.log_softmax(-1).gather(-1, ids), ids

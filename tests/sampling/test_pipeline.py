@@ -261,6 +261,16 @@ def test_token_logprobs_against_softmax():
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_what_all_logits_share_costs_a_logprob_no_precision():
+    logits = make_logits(rows=2)
+    high = logits + 2.0**12  # float32 steps of 2**-11 there, half of one by rounding the sum
+    expected = high.double().log_softmax(-1)
+    tokens, (values, ids) = high.argmax(-1), top_logprobs(high, 4)
+    got = token_logprobs(high, make_batch(SamplingParams()).process(high), tokens)
+    torch.testing.assert_close(values.double(), expected.gather(-1, ids), rtol=1e-6, atol=1e-6)
+    assert torch.equal(got.logprob, values[..., 0])
+
+
 def test_untouched_rows_report_one_logprob_and_full_mass():
     logits, tokens = make_logits(rows=2), torch.tensor([[3, 4]])
     got = token_logprobs(logits, make_batch(SamplingParams()).process(logits), tokens)
