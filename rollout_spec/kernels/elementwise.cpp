@@ -51,13 +51,6 @@ void gated(const Float* gate, const Float* up, int64_t size, Float* out) {
     }
 }
 
-template <typename Row>
-void each_row(int64_t rows, int64_t size, int threads, Row row) {
-    if (rows * size < 1 << 15) threads = 1;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < rows; r++) row(r);
-}
-
 template <typename Float>
 void norm_rows(const Float* x, const Float* weight, int64_t rows, int64_t size, float eps, Float* out, int threads) {
     each_row(rows, size, threads, [=](int64_t r) { normalize(x + r * size, weight, size, eps, out + r * size); });

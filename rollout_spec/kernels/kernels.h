@@ -1,6 +1,14 @@
-// The kernels that a decoder layer is made of; each is described where it is defined.
+// What the kernels share, and those that a decoder layer is made of; each is described where it is defined.
 #pragma once
 #include "simd.h"
+
+// row(r) for every row, on several threads if the rows are worth starting them.
+template <typename Row>
+static void each_row(int64_t rows, int64_t size, int threads, Row row) {
+    if (rows * size < 1 << 15) threads = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; r++) row(r);
+}
 
 EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf16* packed, const bf16* bias, bf16* y,
                         int threads);

@@ -41,6 +41,8 @@ _SIGNATURES = {
         [_INT, _INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _INT],
         None,
     ),
+    "uniform_noise": ([_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _INT], None),
+    "race": ([_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT], None),
     "decoder_layer_scratch": ([_POINTER, _POINTER], _SIZE),
     "decoder_layer": ([*[_POINTER] * 6], None),
 }
@@ -207,6 +209,48 @@ class Kernels:
             is_bf16, gate_up.data_ptr(), rows, width // 2, out.data_ptr(), torch.get_num_threads()
         )
         return out
+
+    def uniform_noise(self, keys: Tensor, offsets: Tensor, hashes: Tensor, out: Tensor) -> None:
+        """What `noise.exponential` takes the logarithm of.
+
+        Args:
+            keys: int64, of `rows` rows.
+            offsets: Of the stream's three words, int64 [3].
+            hashes: Of the vocabulary, int32 [V].
+            out: float32 of `rows * V` elements, contiguous; written to.
+        """
+        keys = keys.contiguous()
+        assert keys.dtype == offsets.dtype == torch.int64 and hashes.dtype == torch.int32
+        assert (
+            out.dtype == torch.float32 and out.is_contiguous() and out.numel() == keys.numel() * len(hashes)
+        )
+        self.library.uniform_noise(
+            keys.data_ptr(), offsets.data_ptr(), hashes.data_ptr(), keys.numel(), len(hashes), out.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def race(self, p: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The coupled choice of every row, see `sampling/verify.py`.
+
+        Args:
+            p: Probabilities, float32 [R, V], V a multiple of 16.
+            noise: Exp(1) of the groups in the first V / 16 columns and of a group's members in the last 16, float32
+                [R, W]; it is used up.
+
+        Returns:
+            Tokens int64 [R], and the lead of each float32 [R], as a ratio: over the next group, or over the next member
+            of its own.
+        """
+        p = _checked(p, torch.float32, 2)
+        rows, size = p.shape
+        assert size % 16 == 0 and noise.dtype == torch.float32 and noise.is_contiguous()
+        assert len(noise) == rows and noise.shape[1] >= size // 16 + 16
+        tokens, leads = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        self.library.race(
+            p.data_ptr(), rows, size // 16, noise.data_ptr(), noise.shape[1], tokens.data_ptr(), leads.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return tokens, leads
 
 
 def _heads_together(x: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
+from rollout_spec.kernels.library import kernels
+
 _MASK64 = 2**64 - 1
 
 
@@ -130,7 +132,7 @@ def exponential(keys: Tensor, vocab_size: int, stream: Stream, out: Tensor | Non
     Small E, which wins races, keeps full float32 resolution; 2**-52 < E < 16.7, so it is never 0 or infinite.
 
     Every pass is an elementwise operation, exact or evaluated alike wherever the element lies, so a row does
-    not depend on the rows it is computed with.
+    not depend on the rows it is computed with, nor on whether there is a kernel for it.
 
     Args:
         keys: int64 [..., ], usually [B, S].
@@ -141,6 +143,13 @@ def exponential(keys: Tensor, vocab_size: int, stream: Stream, out: Tensor | Non
     Returns:
         float32 [..., V].
     """
+    if out is None:
+        out = torch.empty((*keys.shape, vocab_size), dtype=torch.float32, device=keys.device)
+    own = kernels() if keys.is_cpu and out.is_contiguous() else None
+    if own is not None:
+        hashes = _vocab_hash(vocab_size, keys.device)
+        own.uniform_noise(keys, _word_offsets(stream, 3, keys.device), hashes, out)
+        return out.log1p_().neg_()
     words = _words(keys, stream, 3).view(torch.int32).unsqueeze(-1)
     k0, k1, k2, k3, k4, k5 = words.unbind(-2)
     x = _vocab_hash(vocab_size, keys.device) * (k0 | 1)
@@ -148,8 +157,6 @@ def exponential(keys: Tensor, vocab_size: int, stream: Stream, out: Tensor | Non
     x = _xorshift(y.mul_(_ROUND[0]).add_(k2), 15, out=x)
     x.mul_(_ROUND[1]).add_(k3)
     y = _xorshift(x, 16, out=y).mul_(k4 | 1).add_(k5)
-    if out is None:
-        out = torch.empty(y.shape, dtype=torch.float32, device=keys.device)
     return _from_bits(y, x, out)
 
 

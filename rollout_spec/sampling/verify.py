@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rollout_spec.kernels.library import kernels
 from rollout_spec.sampling.noise import Stream, exponential, uniform
 
 _MEMBERS = 16  # tokens of a group in coupled sampling; token x is member x // (V/16) of group x % (V/16)
@@ -120,15 +121,22 @@ def _race(logits: Tensor, keys: Tensor) -> Tensor:
 
     argmax p / E with E ~ Exp(1) is argmax(log p + gumbel) without rounding at the logits' scale.
     """
-    return _race_winner(*_race_terms(logits, keys))[0]
+    p, noise = _race_inputs(logits, keys)
+    own = kernels() if p.is_cpu else None
+    return own.race(p, noise)[0] if own is not None else _race_winner(*_race_terms(p, noise))[0]
 
 
 def _led_race(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """The same, and the lead of its winner [R]: over the next group, or over the next member of its own."""
-    p, groups, members = _race_terms(logits, keys)
-    chosen, inside = _race_winner(p, groups, members)
-    best, own = groups.topk(2, -1).values, inside.topk(2, -1).values
-    return chosen, torch.minimum(best[:, 0] / best[:, 1], own[:, 0] / own[:, 1]).log()
+    p, noise = _race_inputs(logits, keys)
+    own = kernels() if p.is_cpu else None
+    if own is not None:
+        chosen, ratio = own.race(p, noise)
+        return chosen, ratio.log_()
+    terms, groups, members = _race_terms(p, noise)
+    chosen, inside = _race_winner(terms, groups, members)
+    best, second = groups.topk(2, -1).values, inside.topk(2, -1).values
+    return chosen, torch.minimum(best[:, 0] / best[:, 1], second[:, 0] / second[:, 1]).log()
 
 
 def _race_winner(p: Tensor, groups: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,18 +147,22 @@ def _race_winner(p: Tensor, groups: Tensor, members: Tensor) -> tuple[Tensor, Te
     return (member * groups.shape[1] + group).squeeze(-1), inside
 
 
-def _race_terms(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _race_inputs(logits: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """p [R, V], and noise [R, >= V/16 + 16]: the groups' first, the members' last."""
+    needed = logits.shape[-1] // _MEMBERS + _MEMBERS
+    return logits.softmax(-1), exponential(keys, -(-needed // 64) * 64, Stream.TARGET)
+
+
+def _race_terms(p: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """p [R, 16, V/16] by member and group, the groups' race P/E [R, V/16], and the members' E [R, 16].
 
     The sum over members is a fixed tree of elementwise additions: a row does not depend on the others.
     """
-    p = logits.softmax(-1).unflatten(-1, (_MEMBERS, -1))
+    p = p.unflatten(-1, (_MEMBERS, -1))
     mass = p
     while mass.shape[1] > 1:
         mass = mass[:, ::2] + mass[:, 1::2]
-    count = p.shape[2]
-    noise = exponential(keys, -(-(count + _MEMBERS) // 64) * 64, Stream.TARGET)
-    return p, mass.squeeze(1).div_(noise[:, :count]), noise[:, -_MEMBERS:]
+    return p, mass.squeeze(1).div_(noise[:, : p.shape[2]]), noise[:, -_MEMBERS:]
 
 
 def coupled_scores(target_logits: Tensor, keys: Tensor) -> Tensor:
@@ -165,7 +177,7 @@ def coupled_scores(target_logits: Tensor, keys: Tensor) -> Tensor:
     Returns:
         float32 [R, V], natural log.
     """
-    p, groups, members = _race_terms(target_logits, keys)
+    p, groups, members = _race_terms(*_race_inputs(target_logits, keys))
     inside = (p / members.unsqueeze(-1)).log_()
     lacking = (inside.amax(1, keepdim=True) - inside).nan_to_num_(nan=math.inf, posinf=math.inf)
     return (groups.log().unsqueeze(1) - lacking).flatten(1)

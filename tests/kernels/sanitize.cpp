@@ -18,6 +18,8 @@ void attention(int, const void*, int64_t, const void*, const void*, int64_t, int
 void rms_norm(int, const void*, const void*, int64_t, int64_t, float, void*, int);
 void norm_rotate(int, void*, int64_t, const void*, const void*, const void*, int64_t, int64_t, int64_t, float, int);
 void gated_silu(int, const void*, int64_t, int64_t, void*, int);
+void uniform_noise(const int64_t*, const int64_t*, const uint32_t*, int64_t, int64_t, float*, int);
+void race(const float*, int64_t, int64_t, float*, int64_t, int64_t*, float*, int);
 void store_entries(int64_t, const void*, int64_t, const void*, int64_t, const int64_t*, int64_t, int64_t, int64_t, void*,
                    void*);
 int64_t decoder_layer_scratch(const void*, const void*);
@@ -88,6 +90,20 @@ static void elementwise(int64_t rows, int64_t size) {
     free(x), free(weight), free(out), free(qkv), free(norms), free(cosine), free(sine), free(gate_up);
 }
 
+static void sampling(int64_t rows, int64_t groups) {
+    int64_t width = groups + 16;
+    int64_t *keys = buffer<int64_t>(rows), *offsets = buffer<int64_t>(3), *tokens = buffer<int64_t>(rows);
+    uint32_t* hashes = buffer<uint32_t>(width);
+    float *p = buffer<float>(rows * 16 * groups), *noise = buffer<float>(rows * width), *leads = buffer<float>(rows);
+    for (int threads : {1, 2}) {
+        uniform_noise(keys, offsets, hashes, rows, width, noise, threads);
+        race(p, rows, groups, noise, width, tokens, leads, threads);
+    }
+    for (int64_t r = 0; r < rows; r++)
+        if (tokens[r] < 0 || tokens[r] >= 16 * groups) abort();
+    free(keys), free(offsets), free(tokens), free(hashes), free(p), free(noise), free(leads);
+}
+
 struct Linear {
     int64_t kind, n, k;
     const void *packed, *scales, *bias;
@@ -136,6 +152,8 @@ int main(int count, char**) {
     missing = count - 1;
     for (int64_t size : {1, 5, 16, 33, 64})
         for (int64_t rows : {0, 1, 3, 400}) elementwise<uint16_t>(rows, size), elementwise<float>(rows, size);
+    for (int64_t groups : {1, 2, 7, 64, 500})
+        for (int64_t rows : {0, 1, 3, 40}) sampling(rows, groups);
     for (int64_t dim : {16, 64, 80, 128})
         for (int64_t group : {1, 3})
             for (int64_t block : {8, 16, 64}) attend<uint16_t>(dim, group, 2, block), attend<float>(dim, group, 2, block);
