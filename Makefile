@@ -22,9 +22,11 @@ help: ## List the targets
 demo: $(VENV)/.installed ## Run the demo: exact speculation, on and off, on this machine
 	@$(VENV)/bin/rollout-spec demo
 
-# A file of tests at a time for each worker. Threads of a test that uses several sleep while they wait: its cores are shared.
+# A file of tests at a time for each worker, in the order in which tests/conftest.py puts them. One thread each, but for tests
+# that ask for more; these sleep while they wait, for their cores are shared.
 test: $(VENV)/.installed ## Run the CPU tests; PYTEST_ARGS='-k name' selects
-	@OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile \
+	  --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-integration: test-trl ## Run the tests that start vLLM, verl, Ray or TRL
 	@if grep -rqE "mark\.integration" tests; then $(MAKE) --no-print-directory .integration; \

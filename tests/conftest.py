@@ -15,6 +15,14 @@ hypothesis.settings.register_profile("rollout-spec", deadline=None, derandomize=
 hypothesis.settings.load_profile("rollout-spec")
 
 
+LONGEST = {"test_gpu_benchmark.py", "test_random_configs.py", "test_ablations.py", "test_regret.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: with several workers, what begins last decides when all are done."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tiny models run faster on one thread than several can meet; a test that needs more sets them itself."""

@@ -140,7 +140,7 @@ def longtail(
         for rule, row in part.over.items():
             found = row["median_ratio"]
             wanted, holds = (">= 0.95", found >= 0.95) if rule.endswith(RULES[0]) else ("> 1", found > 1)
-            checks.append(Check(f"automatic over {rule}, B={count}", found, wanted, holds))
+            checks.append(Check(f"{rule}, B={count}", found, wanted, holds))
         differing = sum(row["differing_trajectories"] for row in part.results.values())
         checks.append(Check(f"differing trajectories, B={count}", differing, "0", differing == 0))
         for name, row in part.notes.items():

@@ -31,10 +31,10 @@ def both(kernels, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("stream", list(Stream))
-@pytest.mark.parametrize("vocab_size", [64, 2048, 32_064])
+@pytest.mark.parametrize("stream", [Stream.TARGET, Stream.RESIDUAL])
+@pytest.mark.parametrize("vocab_size", [64, 32_064])
 def test_noise(both, threads, stream, vocab_size):
-    own, expected = both(exponential, make_keys(40), vocab_size, stream)
+    own, expected = both(exponential, make_keys(20), vocab_size, stream)
     assert torch.equal(own, expected)
 
 
@@ -50,10 +50,10 @@ def test_noise_where_it_is_to_be_written(both):
     assert (own[..., 64:] == 0).all()
 
 
-@pytest.mark.parametrize("vocab_size", [64, 128, 1056, 32_000])
-@pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
+@pytest.mark.parametrize("vocab_size", [64, 1056, 32_000])
+@pytest.mark.parametrize("scale", [0.1, 100.0])
 def test_choice_and_lead(both, threads, vocab_size, scale):
-    logits, keys = make_logits(60, vocab_size, scale), make_keys(60)
+    logits, keys = make_logits(20, vocab_size, scale), make_keys(20)
     (own, leads), (expected, expected_leads) = both(lead_coupled, logits, keys)
     assert torch.equal(own, expected)
     assert torch.equal(leads, expected_leads)
