@@ -100,6 +100,8 @@ class AdaptiveBenchmark:
     def fixed(self, batch: int, pairs: int) -> dict[str, Any]:
         """A few long answers at a time, each drafter at the fixed draft length that is best for it.
 
+        Answers end, and fewer are left: a gain from B=4 on is largely that of the last ones.
+
         Args:
             batch: A key of `LENGTHS`. The lengths are chosen on other prompts.
             pairs: How often.
