@@ -33,14 +33,12 @@ struct Winner {
     float value, second;
 };
 
-// As torch's argmax: of equals the first, and a NaN before all else.
-INLINE bool beats(float a, float b) { return a > b || (a != a && b == b); }
-
+// As torch's argmax, of equals the first. Softmax makes a row NaN throughout or nowhere: then it is the first, too.
 Winner winner(const float* values, int64_t count) {
     Winner best = {0, values[0], -INFINITY};
     for (int64_t i = 1; i < count; i++) {
-        if (beats(values[i], best.value)) best = {i, values[i], best.value};
-        else if (beats(values[i], best.second)) best.second = values[i];
+        if (values[i] > best.value) best = {i, values[i], best.value};
+        else if (values[i] > best.second) best.second = values[i];
     }
     return best;
 }
@@ -59,7 +57,7 @@ void race_row(const float* p, int64_t groups, float* noise, const float* members
     Winner member = winner(inside, MEMBERS);
     *token = member.index * groups + group.index;
     float a = group.value / group.second, b = member.value / member.second;
-    *lead = a < b || a != a ? a : b;
+    *lead = a < b ? a : b;
 }
 
 }  // namespace
