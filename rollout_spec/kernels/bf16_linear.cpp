@@ -51,7 +51,7 @@ INLINE void tile(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k,
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) {
             const bf16* line = w + p * panel;
-            __builtin_prefetch(ahead.start + p * panel * sizeof(bf16));
+            __builtin_prefetch(ahead.start + p * panel * sizeof(bf16), 0, PANELS > 1 && PAIR_CACHE > 1 ? 2 : 3);
 #pragma GCC unroll 2
             for (int part = 0; part < LINE_PARTS; part++) {
                 LinePart weights = load_part(line, part);
@@ -102,14 +102,15 @@ struct Tiles<PANELS, 0> {
     static RowsOfPanels of(int64_t) { return nullptr; }
 };
 
-// All rows of one or two panels. A single tile fetches its own panels, 8 KiB ahead. Of several the first would wait for
-// memory and the others, which find the panels in the cache, leave it idle: each fetches its share of the next panels.
+// All rows of one or two panels. A single tile fetches its own panels, some KiB ahead: a pair into the cache (the first
+// or second, PAIR_CACHE) where it was measured to be fastest. Of several tiles the first would wait for memory and the
+// others, which find the panels in the cache, leave it idle: each fetches its share of the next panels.
 template <int PANELS, int MOST>
 void panels_times_rows(const bf16* w, int64_t panel, const bf16_operand* x, const Tiling& tiling, int64_t k,
                        int64_t column, const Output& out) {
     int64_t count = tiling.count, bytes = panel * sizeof(bf16);
     for (int64_t t = 0; t < count; t++) {
-        Ahead ahead = {(const char*)w + (count > 1 ? PANELS * bytes + bytes * t / count : 8192), LINE / count};
+        Ahead ahead = {(const char*)w + (count > 1 ? PANELS * bytes + bytes * t / count : PAIR_AHEAD), LINE / count};
         Tiles<PANELS, MOST>::of(tiling.height(t))(w, panel, x, k, ahead, tiling.start(t), column, out);
     }
 }

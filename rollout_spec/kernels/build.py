@@ -74,11 +74,7 @@ def variant() -> str:
         raise invalid(SWITCH, wanted, f"use auto, off, {', '.join(VARIANTS)}")
     flags = cpu_flags()
     if wanted == "auto":
-        if "avx512_bf16" in flags:
-            raise Unavailable(
-                f"torch has fast ones for AVX512-BF16; {SWITCH}=avx512 uses ours, untried so far"
-            )
-        wanted = "avx2"
+        wanted = "avx512" if VARIANTS["avx512"][0] <= flags else "avx2"
     if lacking := VARIANTS[wanted][0] - flags:
         raise Unavailable(f"this CPU lacks {', '.join(sorted(lacking))}")
     return wanted

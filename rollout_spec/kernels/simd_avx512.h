@@ -3,7 +3,8 @@
 
 typedef bf16 bf16_operand;
 typedef int8_t int8_operand;
-constexpr int BF16_ROWS = 12, BF16_ROWS_OF_PAIR = 8, BF16_FEW_ROWS = 8, INT8_ROWS = 8, INT4_ROWS = 8;
+constexpr int BF16_ROWS = 12, BF16_ROWS_OF_PAIR = 12, BF16_FEW_ROWS = 16, INT8_ROWS = 8, INT4_ROWS = 8;
+constexpr int PAIR_AHEAD = 3072, PAIR_CACHE = 2;
 
 typedef __m512 F16;
 typedef __m512i I16;
