@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,9 @@ def kernels(
     }
     if llama_python is not None:
         parts["llama"] = lambda: benchmark.against_llama_cpp(llama_python)
+    if find_spec("vllm") is None:
+        del parts["vllm"]
+        console.print("vllm is not installed here: not compared with")
     unknown = [name for name in only if name not in parts]
     if unknown:
         raise click.BadParameter(f"{unknown[0]!r}: use one of {', '.join(parts)}", param_hint="--only")

@@ -31,8 +31,8 @@ constexpr int64_t UNIT = 2 / LINE_PARTS;
 [[maybe_unused]] void interleave(const bf16* x, int64_t k, int64_t padded, int64_t height, bf16* out) {
     for (int64_t r = 0; r < height; r++) {
         bf16* place = out + 2 * r;
-        for (int64_t i = 0; i < padded; i += 2, place += 2 * height)
-            place[0] = x[r * k + i], place[1] = i + 1 < k ? x[r * k + i + 1] : 0;
+        for (int64_t i = 0; i + 1 < k; i += 2, place += 2 * height) memcpy(place, x + r * k + i, 2 * sizeof(bf16));
+        if (padded > k) place[0] = x[r * k + k - 1], place[1] = 0;
     }
 }
 
@@ -51,7 +51,7 @@ INLINE void tile(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k,
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) {
             const bf16* line = w + p * panel;
-            __builtin_prefetch(ahead.start + p * panel * sizeof(bf16), 0, PANELS > 1 && PAIR_CACHE > 1 ? 2 : 3);
+            __builtin_prefetch(ahead.start + p * panel * sizeof(bf16), 0, 4 - fetch(PANELS).cache);
 #pragma GCC unroll 2
             for (int part = 0; part < LINE_PARTS; part++) {
                 LinePart weights = load_part(line, part);
@@ -102,15 +102,14 @@ struct Tiles<PANELS, 0> {
     static RowsOfPanels of(int64_t) { return nullptr; }
 };
 
-// All rows of one or two panels. A single tile fetches its own panels, some KiB ahead: a pair into the cache (the first
-// or second, PAIR_CACHE) where it was measured to be fastest. Of several tiles the first would wait for memory and the
-// others, which find the panels in the cache, leave it idle: each fetches its share of the next panels.
+// All rows of one, two or four panels. A single tile fetches its own panels, some KiB ahead. Of several the first would
+// wait for memory and the others, which find the panels in the cache, leave it idle: each fetches its share of the next.
 template <int PANELS, int MOST>
 void panels_times_rows(const bf16* w, int64_t panel, const bf16_operand* x, const Tiling& tiling, int64_t k,
                        int64_t column, const Output& out) {
     int64_t count = tiling.count, bytes = panel * sizeof(bf16);
     for (int64_t t = 0; t < count; t++) {
-        Ahead ahead = {(const char*)w + (count > 1 ? PANELS * bytes + bytes * t / count : PAIR_AHEAD), LINE / count};
+        Ahead ahead = {(const char*)w + (count > 1 ? PANELS * bytes + bytes * t / count : fetch(PANELS).ahead), LINE / count};
         Tiles<PANELS, MOST>::of(tiling.height(t))(w, panel, x, k, ahead, tiling.start(t), column, out);
     }
 }
@@ -151,9 +150,11 @@ EXPORT void bf16_unpack(const bf16* packed, int64_t n, int64_t k, bf16* weight) 
 // x [m, k] and y [m, n] contiguous; bias [n] or null.
 EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf16* packed, const bf16* bias, bf16* y,
                         int threads) {
-    int64_t padded = round_up(k, 2), panel = PANEL * padded, pairs = (round_up(n, PANEL) / PANEL + 1) / 2;
-    bool few = m <= BF16_FEW_ROWS;  // then two panels at a time, to have enough sums under way
-    Tiling tiling(m, few ? BF16_ROWS_OF_PAIR : BF16_ROWS);
+    int64_t padded = round_up(k, 2), panel = PANEL * padded, panels = round_up(n, PANEL) / PANEL;
+    // few rows: several panels at a time, to have enough sums under way, and enough of the memory
+    bool by_fours = m <= BF16_ROWS_OF_FOUR, by_pairs = m <= BF16_FEW_ROWS;
+    int64_t group = by_fours ? 4 : 2;
+    Tiling tiling(m, by_pairs ? BF16_ROWS_OF_PAIR : BF16_ROWS);
     bf16_operand* operands = allocate<bf16_operand>(m * padded);
     Output out = {y, bias, n};
     if (m * n * k < 1 << 16) threads = 1;
@@ -165,16 +166,15 @@ EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf
             interleave(x + row * k, k, padded, tiling.height(t), operands + row * padded);
         }
 #pragma omp for schedule(static)
-        for (int64_t pair = 0; pair < pairs; pair++) {
-            int64_t column = pair * 2 * PANEL;
-            const bf16* w = packed + column * padded;
-            bool both = column + PANEL < n;
-            if (few && both) {
-                panels_times_rows<2, BF16_ROWS_OF_PAIR>(w, panel, operands, tiling, padded, column, out);
-                continue;
+        for (int64_t first = 0; first < panels; first += group) {
+            for (int64_t p = first, end = least(first + group, panels), next; p < end; p = next) {
+                const bf16* w = packed + p * panel;
+                next = p + (by_fours && end - p == 4 ? 4 : by_pairs && end - p >= 2 ? 2 : 1);
+                auto run = next - p == 4   ? panels_times_rows<4, BF16_ROWS_OF_FOUR>
+                           : next - p == 2 ? panels_times_rows<2, BF16_ROWS_OF_PAIR>
+                                           : panels_times_rows<1, BF16_ROWS>;
+                run(w, panel, operands, tiling, padded, p * PANEL, out);
             }
-            panels_times_rows<1, BF16_ROWS>(w, panel, operands, tiling, padded, column, out);
-            if (both) panels_times_rows<1, BF16_ROWS>(w + panel, panel, operands, tiling, padded, column + PANEL, out);
         }
     }
     free(operands);

@@ -61,6 +61,9 @@ static T* allocate(int64_t count) {
     return (T*)aligned_alloc(64, round_up(count * sizeof(T) + 64, 64));
 }
 
+// How far ahead of itself a panel is fetched, in bytes, and into which cache, the first or the second.
+struct Fetch { int64_t ahead; int cache; };
+
 #if defined(EMULATE_AVX512)
 #include "simd_emulated.h"
 #elif defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512BW__)

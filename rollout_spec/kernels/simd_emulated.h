@@ -3,8 +3,9 @@
 
 typedef bf16 bf16_operand;
 typedef int8_t int8_operand;
-constexpr int BF16_ROWS = 4, BF16_ROWS_OF_PAIR = 2, BF16_FEW_ROWS = 3;  // few: it has to compile
-constexpr int INT8_ROWS = 3, INT4_ROWS = 3, PAIR_AHEAD = 3072, PAIR_CACHE = 2;
+constexpr int BF16_ROWS = 4, BF16_ROWS_OF_PAIR = 2, BF16_FEW_ROWS = 3, BF16_ROWS_OF_FOUR = 2;  // few: it has to compile
+constexpr int INT8_ROWS = 3, INT4_ROWS = 3;
+constexpr Fetch fetch(int) { return {3072, 2}; }
 
 #undef INLINE
 #define INLINE static __attribute__((noinline, unused))
