@@ -97,6 +97,9 @@ struct Tiles {
         return rows == ROWS ? rows_of_panels<ROWS, PANELS> : Tiles<PANELS, ROWS - 1>::of(rows);
     }
 };
+// Panels that are left over are multiplied two or one at a time, by the same tiles.
+static_assert(BF16_ROWS_OF_FOUR <= BF16_ROWS_OF_PAIR && BF16_ROWS_OF_PAIR <= BF16_ROWS);
+
 template <int PANELS>
 struct Tiles<PANELS, 0> {
     static RowsOfPanels of(int64_t) { return nullptr; }
@@ -109,7 +112,8 @@ void panels_times_rows(const bf16* w, int64_t panel, const bf16_operand* x, cons
                        int64_t column, const Output& out) {
     int64_t count = tiling.count, bytes = panel * sizeof(bf16);
     for (int64_t t = 0; t < count; t++) {
-        Ahead ahead = {(const char*)w + (count > 1 ? PANELS * bytes + bytes * t / count : fetch(PANELS).ahead), LINE / count};
+        int64_t further = count > 1 ? PANELS * bytes + bytes * t / count : fetch(PANELS).ahead;
+        Ahead ahead = {(const char*)w + further, LINE / count};
         Tiles<PANELS, MOST>::of(tiling.height(t))(w, panel, x, k, ahead, tiling.start(t), column, out);
     }
 }
@@ -151,7 +155,7 @@ EXPORT void bf16_unpack(const bf16* packed, int64_t n, int64_t k, bf16* weight) 
 EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf16* packed, const bf16* bias, bf16* y,
                         int threads) {
     int64_t padded = round_up(k, 2), panel = PANEL * padded, panels = round_up(n, PANEL) / PANEL;
-    // few rows: several panels at a time, to have enough sums under way, and enough of the memory
+    // few rows: several panels at a time, to have enough sums, and enough of the weights, under way
     bool by_fours = m <= BF16_ROWS_OF_FOUR, by_pairs = m <= BF16_FEW_ROWS;
     int64_t group = by_fours ? 4 : 2;
     Tiling tiling(m, by_pairs ? BF16_ROWS_OF_PAIR : BF16_ROWS);
