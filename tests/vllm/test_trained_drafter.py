@@ -48,7 +48,7 @@ def test_vllm_accepts_what_we_accept(kind: Kind, engines: Engines, tmp_path: Pat
     trainer = trained(ours, kind)
     folder = export(trainer.module.spec, trainer.module.state_dict(), tmp_path / kind, dtype=torch.float32)
 
-    texts = load_problems().prompts(200, 3, "test")
+    texts = load_problems().prompts(800, 3, "test")
     before = ours.stats().spec
     ours.publish_drafter(folder, spec=trainer.module.spec)
     completions = ours.generate(texts, SamplingParams(temperature=1.0, max_tokens=120, seed=1))
@@ -68,6 +68,6 @@ def test_vllm_accepts_what_we_accept(kind: Kind, engines: Engines, tmp_path: Pat
         stop_token_ids=list(ours.backend.spec.eos_token_ids),
     )  # fmt: skip
     there = theirs.counters()
-    assert min(len(tokens) for tokens in sampled) > 0 and there[0] > 10_000 and drafted > 10_000
+    assert min(len(tokens) for tokens in sampled) > 0 and there[0] > 50_000 and drafted > 50_000  # else chance alone is 3 %
     assert accepted / drafted > 0.1, "too little is accepted to compare"
     assert there[1] / there[0] == pytest.approx(accepted / drafted, rel=0.03)
