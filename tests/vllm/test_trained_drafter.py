@@ -68,6 +68,7 @@ def test_vllm_accepts_what_we_accept(kind: Kind, engines: Engines, tmp_path: Pat
         stop_token_ids=list(ours.backend.spec.eos_token_ids),
     )  # fmt: skip
     there = theirs.counters()
-    assert min(len(tokens) for tokens in sampled) > 0 and there[0] > 50_000 and drafted > 50_000  # else chance alone is 3 %
+    assert min(len(tokens) for tokens in sampled) > 0
+    assert there[0] > 50_000 and drafted > 50_000, "of a quarter as many, 3 % is within chance"
     assert accepted / drafted > 0.1, "too little is accepted to compare"
     assert there[1] / there[0] == pytest.approx(accepted / drafted, rel=0.03)
