@@ -97,9 +97,6 @@ struct Tiles {
         return rows == ROWS ? rows_of_panels<ROWS, PANELS> : Tiles<PANELS, ROWS - 1>::of(rows);
     }
 };
-// Panels that are left over are multiplied two or one at a time, by the same tiles.
-static_assert(BF16_ROWS_OF_FOUR <= BF16_ROWS_OF_PAIR && BF16_ROWS_OF_PAIR <= BF16_ROWS);
-
 template <int PANELS>
 struct Tiles<PANELS, 0> {
     static RowsOfPanels of(int64_t) { return nullptr; }
@@ -157,7 +154,8 @@ EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf
     int64_t padded = round_up(k, 2), panel = PANEL * padded, panels = round_up(n, PANEL) / PANEL;
     // few rows: several panels at a time, to have enough sums, and enough of the weights, under way
     bool by_fours = m <= BF16_ROWS_OF_FOUR, by_pairs = m <= BF16_FEW_ROWS;
-    int64_t group = by_fours ? 4 : 2;
+    int64_t group = by_fours ? 4 : 2;  // those left over are multiplied two or one at a time, by the same tiles:
+    static_assert(BF16_ROWS_OF_FOUR <= BF16_ROWS_OF_PAIR && BF16_ROWS_OF_PAIR <= BF16_ROWS);
     Tiling tiling(m, by_pairs ? BF16_ROWS_OF_PAIR : BF16_ROWS);
     bf16_operand* operands = allocate<bf16_operand>(m * padded);
     Output out = {y, bias, n};

@@ -112,7 +112,8 @@ def test_the_variant_follows_the_cpu_and_the_switch(monkeypatch):
         return variant()
 
     avx2, avx512 = VARIANTS["avx2"][0], VARIANTS["avx512"][0]
-    assert on(avx2) == on(avx512 - {"avx512_bf16"}) == on(avx512, "avx2") == "avx2"
+    assert on(avx2) == on(avx512, "avx2") == "avx2"
+    assert on(avx512 - {"avx512_bf16"}) == on(avx512 - {"avx512_vnni"}) == "avx2"
     assert on(avx512) == on(avx512, "avx512") == "avx512" and on(avx2, "emulated") == "emulated"
     with pytest.raises(Unavailable, match="this CPU lacks avx2, f16c, fma"):
         on({"sse2"})
