@@ -41,6 +41,23 @@ def drafts_late(vllm_config: Any) -> bool:
     return bool(vllm_config.use_v2_model_runner) and not current_platform.is_cpu()
 
 
+def why_no_history(vllm_config: Any, options: SpeculationConfig) -> str | None:
+    """Why the scheduler does not draft from text seen before in this engine; None if it does."""
+    if not options.history:
+        return "speculation.history is off"
+    if vllm_config.speculative_config is None or not is_self_drafter(vllm_config):
+        return "only the self-drafter leaves it the choice"
+    if options.draft_length is not None:
+        return "speculation.draft_length is fixed"
+    if vllm_config.scheduler_config.async_scheduling:
+        return "with asynchronous scheduling a step is scheduled before the tokens of the last are known"
+    if vllm_config.model_config.enable_prompt_embeds:
+        return "with enable_prompt_embeds a prompt may have no tokens"
+    if vllm_config.use_v2_model_runner:
+        return "vLLM's V2 model runner verifies its own drafts only; set VLLM_USE_V2_MODEL_RUNNER=0"
+    return None
+
+
 def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPolicy:
     """Fixed draft lengths if the configuration says so, else decisions from measured costs."""
     name = drafter_name(vllm_config)
@@ -59,6 +76,7 @@ def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPo
             probe_share=options.probe_share,
             explore_share=options.explore_share,
             ragged=False,
+            behind_history=False,  # a pass drafts from one of the two
             seed=vllm_config.model_config.seed,
         )
 

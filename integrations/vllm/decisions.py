@@ -2,6 +2,8 @@
 
 vLLM drafts at the end of a step and verifies in the next one. K is decided when a step is scheduled, for the drafts
 made at its end; the pass that the policy planned is that drafting and the verification in the following step.
+A pass drafts from the drafter or from history, which needs no forward: its drafts are made when the step that verifies
+them is scheduled.
 Only whole steps can be timed from here (worker and scheduler may be two processes), so a step's time is divided
 between what it verified and what was drafted in it in the proportion the cost model expects; steps that verify without
 drafting, or draft without verifying, come with every switch and probe, and keep the two apart. Drafts that are `late`
@@ -25,7 +27,15 @@ import numpy as np
 
 from rollout_spec.integrations.vllm.online_calibration import SelfCalibrating, StepTiming
 from rollout_spec.policy.automatic import AutomaticPolicy
-from rollout_spec.policy.records import Plan, Reason, SpeculationPolicy, StepOutcome, StepState
+from rollout_spec.policy.records import (
+    HISTORY,
+    Matches,
+    Plan,
+    Reason,
+    SpeculationPolicy,
+    StepOutcome,
+    StepState,
+)
 
 logger = logging.getLogger("rollout_spec")
 
@@ -83,11 +93,12 @@ class Decision:
     """What was decided while a step was scheduled: its drafts are verified in the next.
 
     Attributes:
-        draft_length: K.
+        draft_length: K of the drafter.
         requests: Those it was decided for, in the order of `state`.
         state, plan: `state` is None where nothing is to be learnt: nothing will be live, or the policy rests.
         seconds: What deciding took.
         dropped: Whether the drafts are only made to be timed, and not verified.
+        drafter: What drafts: the drafter, history (then as many tokens as the plan says, at most), or None.
     """
 
     draft_length: int
@@ -96,6 +107,16 @@ class Decision:
     plan: Plan | None = None
     seconds: float = 0.0
     dropped: bool = False
+    drafter: str | None = None
+
+    @property
+    def by_history(self) -> bool:
+        return self.drafter == HISTORY
+
+    @property
+    def longest(self) -> int:
+        """Largest K of the pass, whatever drafts."""
+        return int(self.plan.draft_lengths.max()) if self.by_history and self.plan else self.draft_length
 
 
 class Decisions:
@@ -107,10 +128,12 @@ class Decisions:
         lengths: Draft lengths the runner can run at full speed, 0 among them; others are rounded down.
         least_acceptance: A drafter accepted less than this, over the last `WATCH_TOKENS` tokens tried, is set aside.
         late: Whether steps end before their drafts are made, so that these fall into the next one's time.
+        history: Whether `decide` is told what history matches.
 
     Attributes:
         reasons: Steps decided so far, by reason.
-        draft_lengths: Steps decided so far, by K.
+        draft_lengths: Steps decided so far, by the largest K.
+        drafters: Steps decided so far in which something drafts, by what.
         set_aside: Why the drafter is not used, or None.
         looking: Seconds that the last decision took for which the policy looked.
     """
@@ -122,11 +145,13 @@ class Decisions:
         lengths: Sequence[int],
         least_acceptance: float = 0.0,
         late: bool = False,
+        history: bool = False,
     ) -> None:
-        self.policy, self.drafter, self.late = policy, drafter, late
+        self.policy, self.drafter, self.late, self.history = policy, drafter, late, history
         self.lengths, self.least_acceptance = sorted({0, *lengths}), least_acceptance
         self.reasons: Counter[Reason] = Counter()
         self.draft_lengths: Counter[int] = Counter()
+        self.drafters: Counter[str] = Counter()
         self.set_aside: str | None = None
         self.looking = 0.0
         self._slots: dict[str, int] = {}
@@ -143,7 +168,7 @@ class Decisions:
         None if `decide` has to be asked: the policy looks, or wants to be told of the step after.
         """
         self._planned = None
-        if self.drafter is None or self.set_aside is not None:
+        if not self._usable and not self.history:
             plan = Plan.plain(batch, Reason.NO_DRAFTER)
         elif self.policy.looks(batch):
             return None
@@ -152,16 +177,22 @@ class Decisions:
             if self.policy.looks(batch):  # the last of a rest shows what plain steps cost now
                 self._planned = plan
                 return None
-        self._count(plan.reason, 0)
-        return Decision(0, plan=plan)
+        return self._counted(Decision(0, plan=plan))
 
-    def decide(self, live: Sequence[Live], waiting: int, began: float | None = None) -> Decision:
-        """K of the drafts made at the end of the step being scheduled.
+    @property
+    def _usable(self) -> tuple[str, ...]:
+        return () if self.drafter is None or self.set_aside is not None else (self.drafter,)
+
+    def decide(
+        self, live: Sequence[Live], waiting: int, began: float | None = None, matches: Matches | None = None
+    ) -> Decision:
+        """K of the drafts made at the end of the step being scheduled, or of those from history after it.
 
         Args:
             live: Requests that will decode.
             waiting: How many others wait.
             began: `time.perf_counter()` when deciding began; None: now.
+            matches: What history will have for each of `live`, if it is asked.
         """
         if began is None:
             began = time.perf_counter()
@@ -172,23 +203,28 @@ class Decisions:
             np.array([x.length for x in live], np.int64),
             np.array([x.outputs for x in live], np.int64),
             np.array([x.allowed for x in live], np.int64),
-            () if self.drafter is None or self.set_aside is not None else (self.drafter,),
-            waiting=waiting,
+            self._usable,
+            matches,
+            waiting,
         )
         plan = self._planned
         if plan is None:
             plan = self.policy.plan(state)
         else:
             plan = Plan.plain(len(live), plan.reason, plan.seconds)
-        wanted = int(plan.draft_lengths.max()) if plan.speculates and state.drafters else 0
-        length = max(x for x in self.lengths if x <= wanted)
-        self._count(plan.reason, length)
+        length, drafter = 0, None
+        if plan.speculates and plan.drafter is None and matches is not None:
+            drafter = HISTORY
+        elif plan.speculates and state.drafters:
+            length = max(x for x in self.lengths if x <= plan.draft_lengths.max())
+            drafter = self.drafter if length else None
         seconds = time.perf_counter() - began
         if self._planned is None:
             self.looking = seconds
         self._planned = None
         dropped = length > 0 and isinstance(self.policy, SelfCalibrating) and self.policy.dropping
-        return Decision(length, tuple(x.request for x in live), state, plan, seconds, dropped)
+        requests = tuple(x.request for x in live)
+        return self._counted(Decision(length, requests, state, plan, seconds, dropped, drafter))
 
     def observe(
         self, before: Decision, now: Decision, verified: Sequence[Verified], seconds: float, clean: bool
@@ -202,7 +238,8 @@ class Decisions:
             seconds: Its time, with what was drafted in it, deciding not.
             clean: Whether it did nothing else, such as a prefill.
         """
-        self._judge(verified)
+        if not before.by_history:
+            self._judge(verified)
         draft_before, self._draft_seconds = self._draft_seconds, math.nan if now.draft_length else 0.0
         verifying = any(x.drafted for x in verified)
         settled, self._verifying = verifying == self._verifying, verifying
@@ -216,7 +253,7 @@ class Decisions:
                 timing = StepTiming(
                     len(known), int(drafted.sum()), drafting, int(state.lengths.sum()), seconds, settled
                 )
-                self._tell(before.plan, state, drafted, timing, known, draft_before)
+                self._tell(before, state, drafted, timing, known, draft_before)
         self.forget(x.request for x in verified if x.finished)
 
     def ended(self, requests: Sequence[Ended]) -> None:
@@ -250,9 +287,13 @@ class Decisions:
         self.set_aside, self._tried, self._accepted = None, 0, 0
         self.policy.after_update()
 
-    def _count(self, reason: Reason, length: int) -> None:
-        self.reasons[reason] += 1
-        self.draft_lengths[length] += 1
+    def _counted(self, decision: Decision) -> Decision:
+        assert decision.plan is not None
+        self.reasons[decision.plan.reason] += 1
+        self.draft_lengths[decision.longest] += 1
+        if decision.drafter is not None:
+            self.drafters[decision.drafter] += 1
+        return decision
 
     def _unseen(self, batch: int) -> StepState:
         """`batch` sequences for a policy that rests, and so reads no more than their number."""
@@ -270,7 +311,7 @@ class Decisions:
 
     def _tell(
         self,
-        plan: Plan,
+        before: Decision,
         state: StepState,
         drafted: np.ndarray,
         step: StepTiming,
@@ -284,17 +325,20 @@ class Decisions:
         draft_seconds = self._draft_seconds = share * seconds
         if not self.late:
             draft_seconds = draft_before
+        plan, own = before.plan, drafted.any() and not before.by_history
+        assert plan is not None
         emitted = np.array([x.emitted for x in verified], np.int64)
         outcome = StepOutcome(
             np.minimum(np.maximum(emitted - 1, 0), drafted),
             emitted,
             np.array([x.finished for x in verified], bool),
-            draft_seconds if drafted.any() else 0.0,
+            draft_seconds if own else 0.0,
             (1 - share) * seconds,
             self.looking,
         )
-        drafter = self.drafter if drafted.any() else None
-        carried = Plan(drafted, np.zeros_like(drafted), drafter, plan.reason, plan.gain, plan.seconds)
+        from_history = np.zeros_like(drafted) if own else drafted
+        drafter = self.drafter if own else None
+        carried = Plan(drafted, from_history, drafter, plan.reason, plan.gain, plan.seconds)
         self.policy.observe(state, carried, outcome)
 
     def _draft_share(self, step: StepTiming) -> float:

@@ -26,7 +26,7 @@ class SchedulerMetrics:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
         self._model = _model(vllm_config)
-        self._pending: Counter[tuple[Reason, int]] = Counter()
+        self._pending: Counter[tuple[Reason, int, str | None]] = Counter()
         self.kv_blocks = drafter_kv_blocks(vllm_config, kv_cache_config)
         _metric("drafter_kv_blocks").labels(self._model).set(self.kv_blocks)
         has_drafter = vllm_config.speculative_config is not None
@@ -34,15 +34,17 @@ class SchedulerMetrics:
         set_aside(vllm_config, "scheduler", False)
         set_aside(vllm_config, "worker", False)
 
-    def decided(self, reason: Reason, draft_length: int) -> None:
+    def decided(self, reason: Reason, draft_length: int, drafter: str | None) -> None:
         """A step was decided; Prometheus hears of it at the next `publish`."""
-        self._pending[reason, draft_length] += 1
+        self._pending[reason, draft_length, drafter] += 1
 
     def publish(self) -> None:
         """Let Prometheus know."""
-        for (reason, draft_length), steps in self._pending.items():
+        for (reason, draft_length, drafter), steps in self._pending.items():
             _metric("decisions").labels(self._model, reason.value).inc(steps)
             _metric("draft_lengths").labels(self._model, str(draft_length)).inc(steps)
+            if drafter is not None:
+                _metric("drafting_steps").labels(self._model, drafter).inc(steps)
         self._pending.clear()
 
 
@@ -91,7 +93,8 @@ def _metric(name: str) -> Any:
 
     counters = {
         "decisions": ("Steps decided, by reason.", "reason"),
-        "draft_lengths": ("Steps decided, by draft tokens per request (K).", "draft_length"),
+        "draft_lengths": ("Steps decided, by the most draft tokens of a request (K).", "draft_length"),
+        "drafting_steps": ("Steps decided in which something drafts, by what.", "drafter"),
     }
     gauges = {
         "policy_version": ("Policy version in force.",),

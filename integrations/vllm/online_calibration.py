@@ -108,11 +108,11 @@ class SelfCalibrating:
         batch = len(state.slots)
         bucket = batch.bit_length()
         self.dropping = False
-        if self.drafter not in state.drafters:
-            return Plan.plain(batch, Reason.NO_DRAFTER)
         if bucket in self._known:
             assert self.policy is not None
             return self.policy.plan(state)
+        if self.drafter not in state.drafters:
+            return Plan.plain(batch, Reason.NO_DRAFTER)
         turn = self._planned[bucket] % len(self._pattern)
         self._planned[bucket] += 1
         if not self._pattern[turn]:

@@ -13,22 +13,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from rollout_spec.contracts import invalid
-from rollout_spec.integrations.vllm.choose_policy import choose_policy, drafter_name, drafts_late
+from rollout_spec.integrations.vllm.choose_policy import (
+    choose_policy,
+    drafter_name,
+    drafts_late,
+    why_no_history,
+)
 from rollout_spec.integrations.vllm.decisions import Decision, Decisions, Ended, Live, Verified
 from rollout_spec.integrations.vllm.fit import check_fit
+from rollout_spec.integrations.vllm.history import RequestHistory
 from rollout_spec.integrations.vllm.metrics import SchedulerMetrics, set_aside
 from rollout_spec.integrations.vllm.options import KEY, options_of
 from rollout_spec.integrations.vllm.refusals import refuse_data_parallel
 from rollout_spec.integrations.vllm.sampling import may_draft
+from rollout_spec.policy.records import Matches
 from rollout_spec.vllm_backend.fast_paths import given_up_by
 
 logger = logging.getLogger("rollout_spec")
 
 _TELL_EVERY = 32  # steps of a rest
+_COMPLETE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 _FIXED_LENGTH = ("medusa", "mlp_speculator", "custom_class", "extract_hidden_states")
 
 
@@ -77,6 +87,10 @@ class PolicyScheduler(Scheduler):
         lengths: Sequence[int] = range(self.num_spec_tokens + 1)
         if self.dynamic_sd_lookup is not None:  # those that vLLM captured graphs for
             lengths = self.dynamic_sd_lookup[1:]
+        without_history = why_no_history(vllm_config, options)
+        self._history = RequestHistory(options.history_tokens) if without_history is None else None
+        if options.history and without_history is not None:
+            logger.info("nothing is drafted from text seen before: %s", without_history)
         # Not None, so that vLLM does not pad new requests with placeholders for a K that is not decided here.
         self.dynamic_sd_lookup = [0] * (self.scheduler_config.max_num_seqs + 1)
         self.decisions = Decisions(
@@ -85,6 +99,7 @@ class PolicyScheduler(Scheduler):
             lengths,
             0.0 if speculative is None or "ngram" in speculative.method else options.canary_min_acceptance,
             drafts_late(vllm_config),
+            self._history is not None,
         )
         self._metrics = SchedulerMetrics(vllm_config, self.kv_cache_config)
         self._decided = Decision(0)
@@ -100,7 +115,29 @@ class PolicyScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._began = time.perf_counter()
+        if self._decided.by_history:
+            self._draft_from_history()
         return super().schedule(*args, **kwargs)
+
+    def _draft_from_history(self) -> None:
+        """Give running requests what history has for them by now, as many tokens as were planned at most."""
+        assert self._history is not None and self._decided.plan is not None
+        planned = dict(zip(self._decided.requests, self._decided.plan.draft_lengths.tolist(), strict=True))
+        requests, counts = [], []
+        for request in self.running:
+            count = min(
+                planned.get(request.request_id, 0),
+                request.max_tokens - request.num_output_tokens - 1,
+                self.max_model_len - request.num_tokens - 1,
+            )
+            decodes = request.num_output_tokens > 0 and request.num_computed_tokens == request.num_tokens - 1
+            if count > 0 and decodes:
+                requests.append(request)
+                counts.append(count)
+        for request, drafts in zip(
+            requests, self._history.drafts(requests, np.array(counts, np.int64)), strict=True
+        ):
+            request.spec_token_ids = drafts
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         before, self._decided = self._decided, self._decide(scheduler_output)
@@ -125,15 +162,15 @@ class PolicyScheduler(Scheduler):
         ):  # all decode, and nothing was drafted
             decision = self.decisions.rest(len(scheduled))
         if decision is None:
-            decision = self._look(scheduled)
+            decision = self._look(scheduler_output)
         if decision.plan is not None:
-            self._metrics.decided(decision.plan.reason, decision.draft_length)
+            self._metrics.decided(decision.plan.reason, decision.longest, decision.drafter)
         return decision
 
-    def _look(self, scheduled: Mapping[str, int]) -> Decision:
+    def _look(self, scheduler_output: Any) -> Decision:
         began = time.perf_counter()
-        live = []
-        for request_id, count in scheduled.items():
+        live: list[Live] = []
+        for request_id, count in scheduler_output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             known = request.num_tokens + request.num_output_placeholders
             if request.num_computed_tokens + count < known or request.sampling_params is None:
@@ -145,13 +182,31 @@ class PolicyScheduler(Scheduler):
         self.decisions.forget_others(self.requests)
         if not any(may_draft(self, self.requests[one.request]) for one in live):
             return Decision(0)
-        return self.decisions.decide(live, len(self.waiting), began)
+        matches = None
+        if self._history is not None and live:
+            matches = self._expected(self._history, live, scheduler_output.scheduled_spec_decode_tokens)
+        return self.decisions.decide(live, len(self.waiting), began, matches)
+
+    def _expected(
+        self, history: RequestHistory, live: Sequence[Live], drafts: Mapping[str, Sequence[int]]
+    ) -> Matches:
+        """What history will have for the requests of `live` that can take it, after a step that verifies `drafts`."""
+        requests = [self.requests[one.request] for one in live]
+        allowed = [
+            one.allowed - 1 if self._takes_history(x) else 0 for one, x in zip(live, requests, strict=True)
+        ]
+        under_way = [1 + len(drafts.get(one.request, ())) for one in live]
+        return history.expected(requests, np.array(under_way, np.int64), np.array(allowed, np.int64))
+
+    def _takes_history(self, request: Any) -> bool:
+        return may_draft(self, request) and request.structured_output_request is None
 
     def figures(self) -> dict[str, Any]:
         """What was decided so far, as plain values: see `WorkerExtension.rollout_spec_state`."""
         return {
             "reasons": {reason.value: steps for reason, steps in self.decisions.reasons.items()},
             "draft_lengths": dict(self.decisions.draft_lengths),
+            "drafters": dict(self.decisions.drafters),
             "set_aside": self.decisions.set_aside,
             "drafter_kv_blocks": self._metrics.kv_blocks,
         }
@@ -206,9 +261,16 @@ class PolicyScheduler(Scheduler):
                 self._metrics.publish()
         return result
 
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._history is not None:
+            self._history.finish(request, request.status in _COMPLETE)
+        return super()._free_request(request, *args, **kwargs)
+
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """As vLLM's. Every weight update ends with it, so what was learnt of the drafter counts less from here on."""
         self.decisions.after_update()
+        if self._history is not None:
+            self._history.after_update()
         set_aside(self.vllm_config, "scheduler", False)
         return super().reset_prefix_cache(*args, **kwargs)
 

@@ -45,6 +45,12 @@ POLICY = (
     ),
     touch(
         "policy",
+        f"{_SCHEDULER}._free_request",
+        "self, request, delay_free_blocks=",
+        why="extended: history keeps the answers of requests that end",
+    ),
+    touch(
+        "policy",
         f"{_SCHEDULER}.reset_prefix_cache",
         "self, reset_running_requests=, reset_connector=",
         why="extended: every weight update ends with it",
@@ -106,6 +112,7 @@ POLICY = (
         "policy",
         "vllm.v1.request:Request",
         (
+            "cache_salt",
             "is_finished",
             "max_tokens",
             "num_computed_tokens",
@@ -113,12 +120,17 @@ POLICY = (
             "num_output_tokens",
             "num_prompt_tokens",
             "num_tokens",
+            "output_token_ids",
+            "prompt_token_ids",
             "request_id",
             "sampling_params",
             "spec_token_ids",
+            "status",
+            "structured_output_request",
         ),
         why="read by the policy",
     ),
+    touch("policy", "vllm.config.model:ModelConfig", ("enable_prompt_embeds",), why="prompts without tokens"),
     touch(
         "policy",
         "vllm.config.vllm:VllmConfig",

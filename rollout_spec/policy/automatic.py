@@ -111,6 +111,7 @@ class AutomaticPolicy(SpeculationPolicy):
             the time really saved.
         explore_share: Largest share of the time that exploration may cost.
         ragged: Whether K may differ between sequences of one pass.
+        behind_history: Whether a drafter can go on behind what history proposes, in one pass.
         seed: Of the probes.
     """
 
@@ -124,6 +125,7 @@ class AutomaticPolicy(SpeculationPolicy):
         probe_share: float = 0.005,
         explore_share: float = 0.002,
         ragged: bool = True,
+        behind_history: bool = True,
         seed: int = 0,
     ) -> None:
         self.costs = OnlineCosts(cost_model)
@@ -131,8 +133,8 @@ class AutomaticPolicy(SpeculationPolicy):
         self.probe_share = probe_share
         self.lengths = RemainingLength()
         names = [name for name in cost_model.passes if name != TARGET]
-        arms = [_PLAIN, HISTORY, *names, *(f"{HISTORY}+{name}" for name in names)]
-        self.arbiter = Arbiter(arms, explore_share=explore_share)
+        behind = [f"{HISTORY}+{name}" for name in names if behind_history]
+        self.arbiter = Arbiter([_PLAIN, HISTORY, *names, *behind], explore_share=explore_share)
         self.acceptance = {name: AcceptanceTracker(longest) for name in names}
         self.leads = {name: Leads() for name in names}
         self._rng = np.random.default_rng(seed)
@@ -422,7 +424,7 @@ class AutomaticPolicy(SpeculationPolicy):
                     plan.drafter, context, drafted, plan.from_history, outcome.draft_seconds
                 )
                 self._learn_acceptance(plan.drafter, state, plan, outcome, own)
-            self._learn_gain(state, outcome)
+        self._learn_gain(state, outcome)
         if outcome.finished.any():
             gone = state.slots[outcome.finished]
             cut_off = outcome.emitted >= state.allowed
@@ -431,7 +433,7 @@ class AutomaticPolicy(SpeculationPolicy):
             self.forget(gone)
 
     def _learn_gain(self, state: StepState, outcome: StepOutcome) -> None:
-        """What the pass was worth; nothing if it was carried out for some of the sequences only."""
+        """What the pass was worth, also if nothing came of its drafts; nothing if only some sequences took part."""
         if self._predicted is None or len(state.slots) != len(self._predicted.slots) or outcome.seconds <= 0:
             return
         predicted = self._predicted
