@@ -19,6 +19,7 @@ from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off
 from rollout_spec.policy.calibration import Calibration
 from rollout_spec.policy.cost_model import CostModel, fit
+from rollout_spec.policy.price import even_context, shape_of
 from rollout_spec.policy.records import PassTiming, SpeculationPolicy
 
 logger = logging.getLogger("rollout_spec")
@@ -91,7 +92,18 @@ def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPo
             logger.warning("the measured costs could not be kept for the next engine: %s", error)
 
     timings = found.timings if found is not None else ()
-    return SelfCalibrating(name, make, longest, timings, keep, drafts_late(vllm_config))
+    return SelfCalibrating(
+        name, make, longest, timings, keep, drafts_late(vllm_config), kv_share(vllm_config)
+    )
+
+
+def kv_share(vllm_config: Any) -> float | None:
+    """Bytes of a context token over those of the weights that a pass reads; None for a model not known that well."""
+    try:
+        shape = shape_of(vllm_config.model_config.hf_text_config.to_dict())
+    except ValueError:
+        return None
+    return 1 / even_context(shape)
 
 
 def calibration_key(vllm_config: Any) -> Mapping[str, Any]:

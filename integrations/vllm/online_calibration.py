@@ -74,6 +74,7 @@ class SelfCalibrating:
         timings: What is known from before.
         keep: Called with all timings when there are new ones.
         late: Whether drafts fall into the time of the step that verifies them.
+        kv_share: See `fit`: the context of the first steps grows with their number and with the batch, not by itself.
 
     Attributes:
         policy: Decides where costs are known; None before any are.
@@ -88,13 +89,15 @@ class SelfCalibrating:
         timings: Sequence[PassTiming] = (),
         keep: Callable[[Sequence[PassTiming]], None] = lambda timings: None,
         late: bool = False,
+        kv_share: float | None = None,
     ) -> None:
         self.drafter, self._make, self._keep, self.late = drafter, make, keep, late
+        self._kv_share = kv_share
         self.dropping = False
         self._pattern = _LATE_PATTERN if late else _PATTERN
         self._longest = longest
         self.timings = list(timings)
-        self.policy = make(fit(self.timings)) if self.timings else None
+        self.policy = make(fit(self.timings, kv_share=kv_share)) if self.timings else None
         self._known = {x.batch.bit_length() for x in self.timings if x.kind == drafter}
         self._planned: defaultdict[int, int] = defaultdict(int)
         self._steps: defaultdict[int, list[StepTiming]] = defaultdict(list)
@@ -173,7 +176,7 @@ class SelfCalibrating:
             PassTiming(TARGET, batch, batch * (1 + length), kv_tokens, verify),
             PassTiming(self.drafter, batch, batch, kv_tokens, draft),
         ]
-        costs = fit(self.timings)
+        costs = fit(self.timings, kv_share=self._kv_share)
         if self.policy is None:
             self.policy = self._make(costs)
         else:

@@ -222,4 +222,5 @@ class VllmBenchmark:
         """Note what the plugin decided."""
         decisions = scheduler(self.engine("plugin").llm_engine).decisions
         self.notes["reasons"] = {reason.value: steps for reason, steps in decisions.reasons.items()}
+        self.notes["drafters"] = dict(decisions.drafters)
         self.notes["draft_lengths"] = {str(k): steps for k, steps in sorted(decisions.draft_lengths.items())}

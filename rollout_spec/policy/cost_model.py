@@ -42,6 +42,7 @@ _RANK = {
     "per_context": 2.0,
     "experts": 2.0,
 }
+_OF_CONTEXT = ("per_kv_token", "per_kv_row", "per_context")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class HeldOut:
     configurations: int
 
 
-def fit(timings: Sequence[PassTiming], expert_share: float = 0.0) -> CostModel:
+def fit(timings: Sequence[PassTiming], expert_share: float = 0.0, kv_share: float | None = None) -> CostModel:
     """The cost model of the measured passes: one `PassCost` per kind, by least squares on log(predicted / measured).
 
     Repeats of a configuration count as one, by their median, and outliers pull only linearly. Terms cannot be
@@ -155,11 +156,24 @@ def fit(timings: Sequence[PassTiming], expert_share: float = 0.0) -> CostModel:
     Args:
         timings: Passes of any kinds. To know a term, vary what it multiplies: batch, rows per sequence, context.
         expert_share: Routed experts per row over all of them, from the model's configuration; 0 for dense models.
+        kv_share: Bytes of the keys and values of a context token over those of the target's weights, for timings
+            in which the context did not vary by itself: reading a token then takes this share of reading the
+            weights, in passes of every kind, and no other term counts it. None: the timings tell.
 
     Raises:
-        ValueError: There are no timings, or one of them is impossible.
+        ValueError: There are no timings, or one of them is impossible; with `kv_share`, none is of the target.
     """
-    return CostModel({kind: _fit_pass(x, expert_share) for kind, x in _configurations(timings).items()})
+    points = _configurations(timings)
+    if kv_share is None:
+        return CostModel({kind: _fit_pass(x, expert_share) for kind, x in points.items()})
+    if TARGET not in points:
+        raise ValueError(
+            f"kv_share={kv_share}: there is no timing of the target's weights to take a share of"
+        )
+    target = _fit_pass(points[TARGET], expert_share, kv_share)
+    known = target.per_kv_token
+    others = {kind: _fit_pass(x, expert_share, 0.0, known) for kind, x in points.items() if kind != TARGET}
+    return CostModel({TARGET: target} | others)
 
 
 def held_out_error(
@@ -211,20 +225,29 @@ def _configurations(timings: Sequence[PassTiming]) -> dict[str, np.ndarray]:
     }
 
 
-def _fit_pass(points: np.ndarray, expert_share: float) -> PassCost:
-    """The cost of one kind of pass from its configurations [N, 4]."""
+def _fit_pass(
+    points: np.ndarray, expert_share: float, kv_share: float | None = None, per_kv_token: float = 0.0
+) -> PassCost:
+    """The cost of one kind of pass from its configurations [N, 4].
+
+    With `kv_share` a context token costs this share of the weights, and `per_kv_token`, nothing more.
+    """
     from scipy.optimize import least_squares
 
     where, seconds = points[:, :3].T, points[:, 3]
     nothing = PassCost(0.0, 0.0, 0.0, 0.0, 0.0, expert_share=expert_share)
     # What one second of a term adds to each pass, [N] each; terms that never count are left out.
     unit = {term: replace(nothing, **{term: 1.0}).seconds(*where) for term in _RANK}
-    terms = [term for term in _RANK if unit[term].any()]
+    fixed = () if kv_share is None else _OF_CONTEXT
+    terms = [term for term in _RANK if unit[term].any() and term not in fixed]
     scale = np.array([np.median(seconds) / unit[term].max() for term in terms])
     rank = np.array([_RANK[term] for term in terms])
 
     def cost(share: np.ndarray) -> PassCost:
-        return replace(nothing, **dict(zip(terms, (share * scale).tolist(), strict=True)))
+        found = replace(nothing, **dict(zip(terms, (share * scale).tolist(), strict=True)))
+        if kv_share is None:
+            return found
+        return replace(found, per_kv_token=per_kv_token + kv_share * found.weights)
 
     def residuals(share: np.ndarray) -> np.ndarray:
         errors = np.log(cost(share).seconds(*where) / seconds)

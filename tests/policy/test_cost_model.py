@@ -179,6 +179,30 @@ def test_what_was_not_varied_is_not_charged():
     assert alike.per_kv_token == alike.per_kv_row == alike.per_context == 0.0
 
 
+# First steps of a 300M policy in vLLM: the context grew with the steps, whatever the batch.
+FIRST_STEPS = [(1, 1, 62, 0.0365), (1, 5, 62, 0.0407), (3, 3, 164, 0.0406), (3, 15, 164, 0.0689), (4, 4, 119, 0.0381),
+               (4, 20, 119, 0.0728), (8, 8, 95, 0.0406), (8, 40, 95, 0.0984)]  # fmt: skip
+FIRST_DRAFTS = [(1, 1, 62, 0.0181), (3, 3, 164, 0.026), (4, 4, 119, 0.0211), (8, 8, 95, 0.0271)]
+
+
+def test_a_context_that_was_not_varied_costs_what_its_bytes_cost():
+    timings = [PassTiming(TARGET, *x) for x in FIRST_STEPS] + [PassTiming("nf4", *x) for x in FIRST_DRAFTS]
+    share = 1 / 24_000
+    costs = fit(timings, kv_share=share)
+    target, drafter = costs.passes[TARGET], costs.passes["nf4"]
+    assert target.per_kv_token == drafter.per_kv_token == pytest.approx(share * target.weights)
+    assert not (target.per_kv_row or target.per_context or drafter.per_kv_row or drafter.per_context)
+    for batch, rows, kv_tokens, seconds in FIRST_STEPS:
+        more = costs.target(batch, rows, 10 * kv_tokens) - costs.target(batch, rows, kv_tokens)
+        assert 0 < more < 0.05 * seconds
+    errors = [abs(costs.target(*step[:3]) / step[3] - 1) for step in FIRST_STEPS]
+    assert np.median(errors) < 0.05 and max(errors) < 0.2  # the steps with three sequences were slow
+    # Left to itself the fit takes one slow step for the price of its context.
+    assert fit(timings).target(8, 8, 950) > 1.5 * 0.0406
+    with pytest.raises(ValueError, match=r"kv_share=0\.1: there is no timing of the target"):
+        fit(timings[-1:], kv_share=0.1)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_six_timings_extrapolate_without_blowing_up(seed):
     few = [(1, 1, 512), (1, 4, 512), (4, 4, 4096), (4, 16, 4096), (16, 16, 32768), (16, 64, 32768)]
