@@ -198,15 +198,7 @@ class Decisions:
             began = time.perf_counter()
         if not live:
             return Decision(0)
-        state = StepState(
-            np.array([self._slot(x.request) for x in live], np.int64),
-            np.array([x.length for x in live], np.int64),
-            np.array([x.outputs for x in live], np.int64),
-            np.array([x.allowed for x in live], np.int64),
-            self._usable,
-            matches,
-            waiting,
-        )
+        state = self._state(live, waiting, matches)
         plan = self._planned
         if plan is None:
             plan = self.policy.plan(state)
@@ -225,6 +217,27 @@ class Decisions:
         dropped = length > 0 and isinstance(self.policy, SelfCalibrating) and self.policy.dropping
         requests = tuple(x.request for x in live)
         return self._counted(Decision(length, requests, state, plan, seconds, dropped, drafter))
+
+    def revise(self, decided: Decision, live: Sequence[Live], waiting: int, matches: Matches) -> Decision:
+        """The latest decision again when its pass is scheduled, by what history has then.
+
+        Args:
+            decided: It; the drafter drafted nothing for this pass.
+            live: Those of its requests that decode in the pass, at least one.
+            waiting: How many others wait.
+            matches: What history has for each of `live`.
+        """
+        if decided.plan is None:
+            return decided
+        began, state = time.perf_counter(), self._state(live, waiting, matches)
+        plan = self.policy.revise(decided.plan, state)
+        self.looking += time.perf_counter() - began
+        if plan is decided.plan:
+            return decided
+        self._count(decided, -1)
+        drafter = HISTORY if plan.speculates else None
+        revised = Decision(0, tuple(x.request for x in live), state, plan, decided.seconds, False, drafter)
+        return self._counted(revised)
 
     def observe(
         self, before: Decision, now: Decision, verified: Sequence[Verified], seconds: float, clean: bool
@@ -288,12 +301,26 @@ class Decisions:
         self.policy.after_update()
 
     def _counted(self, decision: Decision) -> Decision:
-        assert decision.plan is not None
-        self.reasons[decision.plan.reason] += 1
-        self.draft_lengths[decision.longest] += 1
-        if decision.drafter is not None:
-            self.drafters[decision.drafter] += 1
+        self._count(decision, 1)
         return decision
+
+    def _count(self, decision: Decision, steps: int) -> None:
+        assert decision.plan is not None
+        self.reasons[decision.plan.reason] += steps
+        self.draft_lengths[decision.longest] += steps
+        if decision.drafter is not None:
+            self.drafters[decision.drafter] += steps
+
+    def _state(self, live: Sequence[Live], waiting: int, matches: Matches | None) -> StepState:
+        return StepState(
+            np.array([self._slot(x.request) for x in live], np.int64),
+            np.array([x.length for x in live], np.int64),
+            np.array([x.outputs for x in live], np.int64),
+            np.array([x.allowed for x in live], np.int64),
+            self._usable,
+            matches,
+            waiting,
+        )
 
     def _unseen(self, batch: int) -> StepState:
         """`batch` sequences for a policy that rests, and so reads no more than their number."""

@@ -1,8 +1,8 @@
 """Drafts from text seen before, for vLLM's requests.
 
 They need no forward, so the scheduler makes them, when the step that verifies them is scheduled: by then it has all the
-tokens of the step before. That they will be wanted is decided one step earlier, like everything that a policy decides
-for vLLM, from what matches then and will still match if the tokens of the step under way are the expected ones.
+tokens of the step before. Whether the drafter drafts for that step was decided one step earlier, without those tokens,
+from what matched then and will still match if they are the expected ones.
 """
 
 from __future__ import annotations
@@ -37,18 +37,22 @@ class RequestHistory:
             under_way: Most tokens that the step under way appends to each, int64 [N].
             allowed: Draft tokens still allowed after it, int64 [N]; 0 for a request that cannot have any.
         """
-        matches = self._match(requests, under_way + allowed)
+        matches = self.matches(requests, under_way + allowed)
         lengths = np.maximum(matches.lengths - under_way, 0)
         # A proposal of n tokens is right up to token j only if the tokens under way follow it too: c^(u + j). As a
         # rate per token, which is how a policy reckons, that is c^(1 + u / n) for the whole of it.
         exponent = 1.0 + under_way / np.maximum(lengths, 1)
         return Matches(lengths, np.where(lengths > 0, matches.confidence**exponent, 0.0))
 
+    def matches(self, requests: Sequence[Any], limits: np.ndarray) -> Matches:
+        """What matches now, at most `limits` int64 [N] tokens for each of N requests."""
+        self._follow(requests)
+        return self._history.match(self._slots_of(requests), limits)
+
     def drafts(self, requests: Sequence[Any], counts: np.ndarray) -> list[list[int]]:
-        """At most `counts` int64 [N] tokens that may follow each of N requests."""
-        slots, found = self._slots_of(requests), self._match(requests, counts).lengths
-        tokens = self._history.propose(slots, found)
-        return [row[:count] for row, count in zip(tokens.tolist(), found.tolist(), strict=True)]
+        """The first `counts` int64 [N] tokens that the latest `matches` of N requests found."""
+        tokens = self._history.propose(self._slots_of(requests), counts)
+        return [row[:count] for row, count in zip(tokens.tolist(), counts.tolist(), strict=True)]
 
     def finish(self, request: Any, keep: bool) -> None:
         """The request is over; its answer is kept for others, unless it was aborted."""
@@ -64,10 +68,6 @@ class RequestHistory:
     def after_update(self) -> None:
         """The weights have changed."""
         self._history.after_update()
-
-    def _match(self, requests: Sequence[Any], limits: np.ndarray) -> Matches:
-        self._follow(requests)
-        return self._history.match(self._slots_of(requests), limits)
 
     def _slots_of(self, requests: Sequence[Any]) -> np.ndarray:
         return np.array([self._slots[x.request_id] for x in requests], np.int64)

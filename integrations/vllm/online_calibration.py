@@ -123,6 +123,12 @@ class SelfCalibrating:
         self.dropping = self.late and turn == _DROPPED
         return uniform_plan(state, self._length(batch), self.drafter, Reason.EXPLORE)
 
+    def revise(self, plan: Plan, state: StepState) -> Plan:
+        batch = len(state.slots)
+        if batch.bit_length() in self._known and self.policy is not None:
+            return self.policy.revise(plan, state)
+        return Plan.plain(batch, Reason.NOT_WORTH) if plan.speculates else plan
+
     def observe_step(self, step: StepTiming) -> None:
         """A step that did nothing but decode."""
         bucket = step.batch.bit_length()

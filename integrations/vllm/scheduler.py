@@ -114,33 +114,29 @@ class PolicyScheduler(Scheduler):
         return bool(self._steps) or (self._decided.draft_length > 0 and not self._decided.dropped)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        if self._history is not None and self._decided.state is not None and not self._decided.draft_length:
+            self._draft_from(self._history)
         self._began = time.perf_counter()
-        if self._decided.by_history:
-            self._draft_from_history()
         return super().schedule(*args, **kwargs)
 
-    def _draft_from_history(self) -> None:
-        """Give running requests what history has for them by now, as many tokens as were planned at most."""
-        assert self._history is not None and self._decided.plan is not None
-        planned = dict(zip(self._decided.requests, self._decided.plan.draft_lengths.tolist(), strict=True))
-        requests, counts = [], []
-        for request in self.running:
-            count = min(
-                planned.get(request.request_id, 0),
-                request.max_tokens - request.num_output_tokens - 1,
-                self.max_model_len - request.num_tokens - 1,
-            )
-            decodes = request.num_output_tokens > 0 and request.num_computed_tokens == request.num_tokens - 1
-            if count > 0 and decodes:
-                requests.append(request)
-                counts.append(count)
-        for request, drafts in zip(
-            requests, self._history.drafts(requests, np.array(counts, np.int64)), strict=True
-        ):
-            request.spec_token_ids = drafts
+    def _draft_from(self, history: RequestHistory) -> None:
+        """Decide what history drafts for the step about to be scheduled, and give it to the running requests."""
+        known = set(self._decided.requests)
+        requests = [x for x in self.running if x.request_id in known and _decodes(x)]
+        if not requests:
+            return
+        live = [self._live(x, x.num_tokens) for x in requests]
+        matches = history.matches(requests, self._allowed(requests, live))
+        self._decided = self.decisions.revise(self._decided, live, len(self.waiting), matches)
+        if self._decided.by_history and self._decided.plan is not None:
+            drafts = history.drafts(requests, self._decided.plan.draft_lengths)
+            for request, tokens in zip(requests, drafts, strict=True):
+                request.spec_token_ids = tokens
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         before, self._decided = self._decided, self._decide(scheduler_output)
+        if before.plan is not None:  # nothing can change it any more
+            self._metrics.decided(before.plan.reason, before.longest, before.drafter)
         scheduler_output.num_spec_tokens_to_schedule = self._decided.draft_length
         self._untold += 1
         if self._decided.state is not None or self._untold >= _TELL_EVERY:
@@ -161,11 +157,7 @@ class PolicyScheduler(Scheduler):
             scheduled
         ):  # all decode, and nothing was drafted
             decision = self.decisions.rest(len(scheduled))
-        if decision is None:
-            decision = self._look(scheduler_output)
-        if decision.plan is not None:
-            self._metrics.decided(decision.plan.reason, decision.longest, decision.drafter)
-        return decision
+        return decision or self._look(scheduler_output)
 
     def _look(self, scheduler_output: Any) -> Decision:
         began = time.perf_counter()
@@ -175,10 +167,9 @@ class PolicyScheduler(Scheduler):
             known = request.num_tokens + request.num_output_placeholders
             if request.num_computed_tokens + count < known or request.sampling_params is None:
                 continue  # it goes on prefilling
-            outputs = known - request.num_prompt_tokens + 1
-            allowed = min(request.max_tokens - outputs, self.max_model_len - known - 1)
-            if allowed > 0:
-                live.append(Live(request_id, known + 1, outputs, allowed))
+            one = self._live(request, known + 1)
+            if one.allowed > 0:
+                live.append(one)
         self.decisions.forget_others(self.requests)
         if not any(may_draft(self, self.requests[one.request]) for one in live):
             return Decision(0)
@@ -192,14 +183,24 @@ class PolicyScheduler(Scheduler):
     ) -> Matches:
         """What history will have for the requests of `live` that can take it, after a step that verifies `drafts`."""
         requests = [self.requests[one.request] for one in live]
-        allowed = [
-            one.allowed - 1 if self._takes_history(x) else 0 for one, x in zip(live, requests, strict=True)
-        ]
-        under_way = [1 + len(drafts.get(one.request, ())) for one in live]
-        return history.expected(requests, np.array(under_way, np.int64), np.array(allowed, np.int64))
+        under_way = np.array([1 + len(drafts.get(one.request, ())) for one in live], np.int64)
+        return history.expected(requests, under_way, self._allowed(requests, live))
 
-    def _takes_history(self, request: Any) -> bool:
-        return may_draft(self, request) and request.structured_output_request is None
+    def _allowed(self, requests: Sequence[Any], live: Sequence[Live]) -> np.ndarray:
+        """Draft tokens allowed to each request, int64."""
+        return np.array(
+            [
+                one.allowed - 1 if may_draft(self, x) and x.structured_output_request is None else 0
+                for x, one in zip(requests, live, strict=True)
+            ],
+            np.int64,
+        )
+
+    def _live(self, request: Any, known: int) -> Live:
+        """A request that has `known` tokens when the pass begins that is decided about."""
+        outputs = known - request.num_prompt_tokens
+        allowed = min(request.max_tokens - outputs, self.max_model_len - known)
+        return Live(request.request_id, known, outputs, allowed)
 
     def figures(self) -> dict[str, Any]:
         """What was decided so far, as plain values: see `WorkerExtension.rollout_spec_state`."""
@@ -273,6 +274,11 @@ class PolicyScheduler(Scheduler):
             self._history.after_update()
         set_aside(self.vllm_config, "scheduler", False)
         return super().reset_prefix_cache(*args, **kwargs)
+
+
+def _decodes(request: Any) -> bool:
+    """Whether a step computes no more of a running request than its next token, and drafts."""
+    return request.num_output_tokens > 0 and request.num_computed_tokens == request.num_tokens - 1
 
 
 class AsyncPolicyScheduler(PolicyScheduler, AsyncScheduler):

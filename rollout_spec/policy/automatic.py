@@ -61,6 +61,8 @@ _REFERENCES, _REFERENCE_AGE = (
 )  # else: plain passes to have seen at about this batch size, the last so long ago
 _FADE_EVERY, _FADE = 64, 0.9  # every so many passes what was learnt of an idle drafter keeps this weight
 
+_NOT_REVISED = {Reason.PROBE, Reason.REFERENCE, Reason.LAST_TOKEN, Reason.BAD_COST}
+
 
 @dataclass
 class _Known:
@@ -110,7 +112,7 @@ class AutomaticPolicy(SpeculationPolicy):
         probe_share: Share of the passes that would speculate and are run plainly instead, at random, to measure
             the time really saved.
         explore_share: Largest share of the time that exploration may cost.
-        ragged: Whether K may differ between sequences of one pass.
+        ragged: Whether a drafter's K may differ between sequences of one pass. History's may always.
         behind_history: Whether a drafter can go on behind what history proposes, in one pass.
         seed: Of the probes.
     """
@@ -226,6 +228,32 @@ class AutomaticPolicy(SpeculationPolicy):
             for known in self._known.values():
                 known.valid, known.weighed = False, 0
         return self._settle(round, arms, plain_seconds)
+
+    def revise(self, plan: Plan, state: StepState) -> Plan:
+        if (
+            plan.drafter is not None
+            or not self._looked
+            or plan.reason in _NOT_REVISED
+            or state.matches is None
+        ):
+            return plan
+        batch, same = len(state.slots), np.array_equal(state.slots, self._slots)
+        room, found, _, context, matched, _ = survey(
+            state.slots, self._slots, state.allowed, state.lengths, state.matches.lengths, self.longest
+        )
+        plain_seconds = self.costs.target(batch, batch, context)
+        if not same or len(self._weights) != batch:
+            self._slots, self._predicted = state.slots, None
+            self._value_of_tokens(state, context, plain_seconds)
+        if matched and 0 < plain_seconds < math.inf:
+            chosen = Round(self, state, self._weights, room, found, context, plain_seconds).candidate(HISTORY)
+            gain = chosen.gain * self.arbiter.correction(HISTORY, batch)
+            if gain > 1:
+                if self._predicted is None:
+                    self._predicted = _Predicted(HISTORY, state.slots, chosen.gain, plain_seconds, None, 1.0)
+                reason = plan.reason if plan.speculates else Reason.PAYS
+                return Plan(chosen.draft_lengths, chosen.from_history, None, reason, gain, chosen.seconds)
+        return Plan.plain(batch, Reason.NOT_WORTH if plan.speculates else plan.reason, plain_seconds)
 
     def _changed(self, batch: int) -> bool:
         """Whether what was found for another batch does not hold for this one."""

@@ -122,6 +122,6 @@ class Round:
         step = None if drafter is None else costs.prices[drafter]
         lengths, depth, gain, seconds = deepest(
             alive, before, limit, self.weights, costs.prices[TARGET], step, self.context, policy.deciding, worth,
-            self.plain_seconds, policy.last_gain, policy.ragged,
+            self.plain_seconds, policy.last_gain, policy.ragged or drafter is None,
         )  # fmt: skip
         return Candidate(drafter, lengths, before, certain, alive, depth, gain, seconds)

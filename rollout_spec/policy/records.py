@@ -187,6 +187,14 @@ class SpeculationPolicy(Protocol):
         """The plan of the next pass. The runner may have to shorten drafts for lack of memory; it says so to
         `observe` by passing the plan it carried out."""
 
+    def revise(self, plan: Plan, state: StepState) -> Plan:
+        """The latest plan again, by what history matches now.
+
+        For a runner that has to plan a pass before it knows the tokens of the one before: the drafts of a drafter are
+        made by then, those of history are not, and this decides about them.
+        """
+        return plan
+
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         """Learn from a pass that was carried out."""
 
