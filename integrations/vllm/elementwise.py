@@ -6,7 +6,9 @@ than reading a layer's quantized weights. The target keeps vLLM's: what is emitt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +18,21 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from rollout_spec.kernels.library import Kernels, kernels
 
 
-def use_kernels(model: nn.Module, dtype: torch.dtype) -> int:
-    """Let the norms and gates of `model`, which computes in `dtype` on a CPU, run on kernels; returns how many do."""
-    own, count = kernels(), 0
+def use_kernels(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let the norms and gates of `model`, which computes in `dtype` on a CPU, run on kernels, if there are any."""
+    own = kernels()
     if own is None or dtype not in (torch.float32, torch.bfloat16):
-        return 0
+        return
     for module in model.modules():
         if type(module) is RMSNorm and module.has_weight and module.variance_size_override is None:
             if module.weight.dtype == dtype:
-                module._forward_method, count = partial(_norm, own, module), count + 1
+                _rebind(module, partial(_norm, own, module))
         elif type(module) is SiluAndMul:
-            module._forward_method, count = partial(_gate, own), count + 1
-    return count
+            _rebind(module, partial(_gate, own))
+
+
+def _rebind(layer: Any, forward: Callable[..., Any]) -> None:
+    layer._forward_method = forward
 
 
 def _norm(

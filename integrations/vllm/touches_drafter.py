@@ -36,6 +36,18 @@ DRAFTER = (
     ),
     touch("drafter", f"{_PROPOSER}.load_model", "self, target_model", why="overridden: no KV is allocated"),
     touch("drafter", f"{_DRAFT_MODEL}._create_draft_vllm_config", "self", why="overridden: one KV layout"),
+    touch(
+        "drafter",
+        "vllm.model_executor.layers.layernorm:RMSNorm",
+        ("_forward_method", "has_weight", "variance_epsilon", "variance_size_override", "weight"),
+        why="on a CPU, eagerly, the drafter's norms are computed by kernels",
+    ),
+    touch(
+        "drafter",
+        "vllm.model_executor.layers.activation:SiluAndMul",
+        ("_forward_method",),
+        why="on a CPU, eagerly, the drafter's gates are computed by kernels",
+    ),
     touch("drafter", f"{_PROPOSER}.take_last_draft_probs", "self", why="hands q to the verifier"),
     touch(
         "drafter",

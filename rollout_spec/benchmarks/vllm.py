@@ -90,16 +90,22 @@ class VllmBenchmark:
             self._record("one sequence", seconds, other, "plugin", 1.0)
 
     def long_tail(self, batch: int, alternatives: bool = True) -> None:
-        """Whole rollouts with lengths of the policy's own, against vLLM, and with `alternatives` its ways to speculate."""
+        """Whole rollouts with lengths of the policy's own, against vLLM, and with `alternatives` its ways to speculate.
+
+        Then a second epoch of them, with the same prompts and lengths.
+        """
         self._start_both()
         names, others = self._start_alternatives() if alternatives else (("stock", "plugin"), ("stock",))
         prompts = stratified(batch, self.pairs + 1, self.seed)
         rows = [prompts[row : row + batch] for row in range(0, len(prompts), batch)]
         rounds = [(row, self._lengths(row)) for row in rows]
-        seconds = self._turns(names, rounds)
         lengths = [sorted(found) for _, found in rounds[1:]]
-        for other in others:
-            self._record(f"long tail of {batch}", seconds, other, "plugin", 1.0, lengths=lengths)
+        for part in (f"long tail of {batch}", f"long tail of {batch} again"):
+            seconds = self._turns(names, rounds)
+            for other in others:
+                self._record(part, seconds, other, "plugin", 1.0, lengths=lengths)
+            for name in names:  # as a weight update does: the next epoch's prompts are the same
+                self.engine(name).reset_prefix_cache()
 
     # --- the parts -------------------------------------------------------------------------------------
 
