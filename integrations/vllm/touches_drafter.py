@@ -38,15 +38,15 @@ DRAFTER = (
     touch("drafter", f"{_DRAFT_MODEL}._create_draft_vllm_config", "self", why="overridden: one KV layout"),
     touch(
         "drafter",
-        "vllm.model_executor.layers.layernorm:RMSNorm",
-        ("_forward_method", "has_weight", "variance_epsilon", "variance_size_override", "weight"),
-        why="on a CPU, eagerly, the drafter's norms are computed by kernels",
+        "vllm.model_executor.custom_op:CustomOp",
+        ("_forward_method",),
+        why="on a CPU, eagerly, the drafter's norms and gates are computed by kernels",
     ),
     touch(
         "drafter",
-        "vllm.model_executor.layers.activation:SiluAndMul",
-        ("_forward_method",),
-        why="on a CPU, eagerly, the drafter's gates are computed by kernels",
+        "vllm.model_executor.layers.layernorm:RMSNorm",
+        ("has_weight", "variance_epsilon", "variance_size_override", "weight"),
+        why="read by those kernels",
     ),
     touch("drafter", f"{_PROPOSER}.take_last_draft_probs", "self", why="hands q to the verifier"),
     touch(

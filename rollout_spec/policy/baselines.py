@@ -71,6 +71,9 @@ class Delegate(SpeculationPolicy):
     def looks(self, batch: int) -> bool:
         return self.inner.looks(batch)
 
+    def revise(self, plan: Plan, state: StepState) -> Plan:
+        return self.inner.revise(plan, state)
+
     def plan(self, state: StepState) -> Plan:
         return self.inner.plan(state)
 
