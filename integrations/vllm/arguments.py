@@ -25,8 +25,8 @@ def llm_arguments(model: str, speculation: Mapping[str, Any] | None = None) -> d
     Args:
         model: The target, as vLLM takes it; the drafter is made from it.
         speculation: Fields of `SpeculationConfig`. `drafter="auto"` takes int4 on a GPU, and on a CPU the first
-            of nf4, int4 and int8 that it has a kernel for, without timing them; `history` has no part in vLLM, whose own n-gram method
-            is the nearest to it.
+            of nf4, int4 and int8 that it has a kernel for, without timing them; `history` drafts where
+            vLLM schedules synchronously, on its V1 runner.
 
     Raises:
         InvalidRequest: An unknown field, or a value out of range; the message names it.

@@ -247,10 +247,13 @@ class AutomaticPolicy(SpeculationPolicy):
             self._value_of_tokens(state, context, plain_seconds)
         if matched and 0 < plain_seconds < math.inf:
             chosen = Round(self, state, self._weights, room, found, context, plain_seconds).candidate(HISTORY)
-            gain = chosen.gain * self.arbiter.correction(HISTORY, batch)
+            together = self._known[HISTORY].together if HISTORY in self._known else 1.0
+            gain = chosen.gain * self.arbiter.correction(HISTORY, batch) * together
             if gain > 1:
                 if self._predicted is None:
-                    self._predicted = _Predicted(HISTORY, state.slots, chosen.gain, plain_seconds, None, 1.0)
+                    self._predicted = _Predicted(
+                        HISTORY, state.slots, chosen.gain, plain_seconds, None, together
+                    )
                 reason = plan.reason if plan.speculates else Reason.PAYS
                 return Plan(chosen.draft_lengths, chosen.from_history, None, reason, gain, chosen.seconds)
         return Plan.plain(batch, Reason.NOT_WORTH if plan.speculates else plan.reason, plain_seconds)

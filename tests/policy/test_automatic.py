@@ -293,6 +293,88 @@ def test_history_drafts_alone_and_before_another():
     assert not useless.from_history.any()
 
 
+# --- planning before the tokens of the last pass are known -----------------------------------------------------------
+
+
+def matching(*lengths, confidence=0.9):
+    return Matches(np.array(lengths), np.where(np.array(lengths) > 0, confidence, 0.0))
+
+
+def test_history_is_planned_anew_by_what_it_has_by_then():
+    made = policy(behind_history=False)
+    where = state(2, drafters=(), matches=matching(12, 0))
+    plan = made.plan(where)
+    assert plan.drafter is None and plan.draft_lengths[0] > 2 and plan.draft_lengths[1] == 0
+    revised = made.revise(plan, replace(where, matches=matching(0, 12)))
+    assert revised.draft_lengths.tolist() == plan.draft_lengths[::-1].tolist()
+    assert revised.from_history.tolist() == revised.draft_lengths.tolist() and revised.reason is plan.reason
+    assert not made.revise(plan, replace(where, matches=matching(0, 0))).speculates
+    assert not made.revise(plan, replace(where, matches=matching(9, 9, confidence=0.01))).speculates
+
+
+def test_history_that_was_not_foreseen_is_drafted_all_the_same():
+    made = policy()
+    where = state(2, drafters=(), matches=matching(0, 0))
+    plan = made.plan(where)
+    assert not plan.speculates
+    revised = made.revise(plan, replace(where, matches=matching(12, 0)))
+    assert revised.draft_lengths[0] > 2 and revised.reason is Reason.PAYS
+
+
+def test_of_other_sequences_than_were_planned_for_nothing_old_is_kept():
+    made = policy(behind_history=False)
+    plan = made.plan(state(3, drafters=(), matches=matching(12, 12, 12)))
+    left = state(1, drafters=(), matches=matching(12))
+    left = replace(left, slots=np.array([2]))
+    revised = made.revise(plan, left)
+    assert revised.draft_lengths.shape == (1,) and revised.draft_lengths[0] > 2
+    made.observe(left, revised, StepOutcome(np.array([3]), np.array([4]), np.array([False]), 0.0, 0.03))
+
+
+@pytest.mark.parametrize("why", ["drafted", "probe", "resting"])
+def test_what_is_not_historys_to_decide_is_left(why):
+    made = policy(probe_share=1.0 if why == "probe" else 0.0)
+    where = state(1, matches=matching(12)) if why == "probe" else state(1)
+    if why == "resting":
+        made = policy(objective="throughput")
+        where = state(256)
+        made.plan(where)
+    plan = made.plan(where)
+    assert plan.speculates == (why == "drafted")
+    many = matching(*[12] * len(where.slots))
+    assert made.revise(plan, replace(where, matches=many)) is plan
+
+
+def test_the_price_of_history_that_never_comes_is_learnt():
+    """It is always expected to match, and never does when it counts: the drafter is taken instead."""
+    made = policy(behind_history=False)
+    where = state(1, matches=matching(16))
+    assert made.plan(where).drafter is None
+    for _ in range(60):
+        plan = made.revise(made.plan(where), replace(where, matches=matching(0)))
+        drafting = 16e-3 * plan.draft_lengths.max() / 2 if plan.drafter else 0.0
+        accepted = plan.draft_lengths
+        done = np.zeros(1, bool)
+        made.observe(where, plan, StepOutcome(accepted, accepted + 1, done, drafting, 25e-3))
+    assert made.plan(where).drafter == "nf4"
+
+
+def test_a_drafter_that_cannot_go_on_behind_history_is_not_asked_to():
+    made = policy(behind_history=False)
+    assert not [arm for arm in made.arbiter.arms if "+" in arm]
+    plans = [made.plan(state(2, matches=matching(3, 0))) for _ in range(20)]
+    assert all(plan.drafter is None or not plan.from_history.any() for plan in plans)
+
+
+def test_history_may_draft_unevenly_where_a_drafter_may_not():
+    made = policy(ragged=False, objective="throughput")
+    lengths = made.plan(
+        state(2, drafters=(), matches=Matches(np.array([16, 16]), np.array([0.95, 0.4])))
+    ).draft_lengths
+    assert lengths[0] > lengths[1] > 0
+    assert len(set(made.plan(state(2)).draft_lengths)) == 1
+
+
 def test_updates_fade_what_was_seen_of_a_drafter():
     made = policy()
     made.acceptance["nf4"].observe(np.array([0]), np.array([8]), np.array([8]))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from always_history import AlwaysHistory
 
 from rollout_spec.integrations.vllm import decisions as decisions_module
 from rollout_spec.integrations.vllm.decisions import WATCH_TOKENS, Decision, Decisions, Ended, Live, Verified
@@ -14,7 +15,7 @@ from rollout_spec.integrations.vllm.online_calibration import LATE_STEPS, STEPS,
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off, RandomLengths, Stateless
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
-from rollout_spec.policy.records import PassTiming, Plan, Reason, StepOutcome, StepState
+from rollout_spec.policy.records import Matches, PassTiming, Plan, Reason, StepOutcome, StepState
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +121,71 @@ def test_a_drafter_that_is_hardly_accepted_is_set_aside(
     assert decisions.decide(live("a"), 0).draft_length == (0 if aside else 4)
     decisions.after_update()
     assert decisions.set_aside is None and decisions.decide(live("a"), 0).draft_length == 4
+
+
+# --- history -------------------------------------------------------------------------------------------------------
+
+
+class TestHistory:
+    @pytest.fixture
+    def policy(self) -> AlwaysHistory:
+        return AlwaysHistory(4)
+
+    @pytest.fixture
+    def decisions(self, policy: AlwaysHistory) -> Decisions:
+        return Decisions(policy, "nf4", range(5), least_acceptance=0.3, history=True)
+
+    def matches(self, *lengths: int) -> Matches:
+        return Matches(np.array(lengths, np.int64), np.full(len(lengths), 0.5))
+
+    def test_the_drafter_draws_nothing_for_it(self, decisions: Decisions) -> None:
+        decision = decisions.decide(live("a", "b"), 0, matches=self.matches(3, 0))
+        assert decision.by_history and decision.draft_length == 0 and decision.longest == 3
+        assert decisions.draft_lengths == {3: 1} and decisions.drafters == {"history": 1}
+
+    def test_a_revised_decision_counts_once(self, decisions: Decisions) -> None:
+        decision = decisions.decide(live("a", "b"), 0, matches=self.matches(3, 0))
+        looking = decisions.looking
+        revised = decisions.revise(decision, live("b"), 0, self.matches(2))
+        assert revised.requests == ("b",) and revised.longest == 2 and decisions.looking > looking
+        assert +decisions.draft_lengths == {2: 1} and +decisions.drafters == {"history": 1}
+        none = decisions.revise(revised, live("b"), 0, self.matches(0))
+        assert not none.by_history and +decisions.draft_lengths == {0: 1} and not +decisions.drafters
+
+    def test_the_policy_hears_whose_drafts_they_were(
+        self, decisions: Decisions, policy: AlwaysHistory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[tuple[Plan, StepOutcome]] = []
+        monkeypatch.setattr(policy, "observe", lambda state, plan, outcome: told.append((plan, outcome)))
+        before = decisions.decide(live("a", "b"), 0, matches=self.matches(3, 4))
+        now = decisions.decide(live("a", "b"), 0, matches=self.matches(0, 0))
+        decisions.observe(before, now, [Verified("a", 3, 4, False), Verified("b", 2, 1, False)], 0.02, True)
+        ((plan, outcome),) = told
+        assert plan.drafter is None and plan.from_history.tolist() == plan.draft_lengths.tolist() == [3, 2]
+        assert outcome.accepted.tolist() == [3, 0] and outcome.draft_seconds == 0.0
+
+    def test_its_misses_are_not_the_drafters(self, decisions: Decisions) -> None:
+        for _ in range(WATCH_TOKENS + 1):
+            before = decisions.decide(live("a"), 0, matches=self.matches(4))
+            decisions.observe(before, before, [Verified("a", 4, 1, False)], 0.01, True)
+        assert decisions.set_aside is None
+
+    def test_it_goes_on_where_the_drafter_is_set_aside(self, decisions: Decisions) -> None:
+        decisions.set_aside = "for a test"
+        assert decisions.rest(1) is None
+        assert decisions.decide(live("a"), 0, matches=self.matches(4)).by_history
+        decisions.history = False
+        rested = decisions.rest(1)
+        assert rested is not None and rested.plan is not None and rested.plan.reason is Reason.NO_DRAFTER
+
+    def test_while_costs_are_measured_it_waits(self) -> None:
+        made = SelfCalibrating("nf4", make, 8)
+        decisions = Decisions(made, "nf4", range(9), history=True)
+        for _ in range(STEPS // 2):
+            decision = decisions.decide(live("a"), 0, matches=self.matches(8))
+            if not decision.draft_length:  # else the drafter has drafted by then
+                assert decisions.revise(decision, live("a"), 0, self.matches(8)) is decision
+        assert decisions.reasons == {Reason.EXPLORE: STEPS // 2}
 
 
 # --- costs ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ import torch
 
 pytest.importorskip("vllm")
 
+from always_history import AlwaysHistory
 from small_engines import (
+    DRAFTER,
     POLICY,
     counts,
     generate,
@@ -23,6 +25,7 @@ from small_engines import (
     random_draft_lengths,
     recorded_drafts,
     runner,
+    scheduler,
     start,
     stop_all,
     tiny_model,
@@ -142,6 +145,24 @@ def sampler_of(tiny, distorted):
 
 
 @pytest.fixture(scope="module")
+def from_history(tiny):
+    """An engine that drafts from what other samples of the prompt were, and from nothing else."""
+    llm = start(
+        tiny,
+        drafts=2,
+        plugin={},
+        speculative={"quantization": f"rollout_spec_{DRAFTER}"},
+        scheduler_cls="rollout_spec.integrations.vllm.scheduler.PolicyScheduler",
+        max_model_len=64,
+        max_num_seqs=256,
+        kv_cache_memory_bytes=64 << 20,
+        seed=321,
+    )
+    scheduler(llm).decisions.policy = AlwaysHistory(2)
+    return llm
+
+
+@pytest.fixture(scope="module")
 def exact(tiny):
     """`exact(width)`: probabilities [V, V, V, V] of four tokens after PROMPT, by enumeration in transformers."""
     from transformers import AutoModelForCausalLM
@@ -216,6 +237,26 @@ def test_samples_have_the_policys_distribution(sampler_of, exact, verifier: str,
     drafted, accepted = (after[name] - before[name] for name in ("drafted", "accepted"))
     assert 0.3 < accepted / drafted < 0.9, "a drafter that is never rejected hides a wrong verifier"
     assert smallest_p(table, exact(width)) > ALPHA
+
+
+@pytest.mark.parametrize("width", ["T=1", "T=0.8, cut"])
+def test_drafts_from_history_leave_the_distribution(from_history, exact, width: str) -> None:
+    """A draft without a distribution is accepted with the target's probability of it, and else never comes again."""
+    before = counts(from_history)
+    table = seen(draw(from_history, 20_000, **WIDTHS[width]))
+    drafted, accepted = (counts(from_history)[name] - before[name] for name in ("drafted", "accepted"))
+    assert drafted > 10_000 and 0.05 < accepted / drafted < 0.9
+    assert smallest_p(table, exact(width)) > ALPHA
+
+
+def test_history_judged_by_another_distribution_is_noticed(from_history, exact, monkeypatch) -> None:
+    """As if the drafter's probabilities of the step before were taken for history's: here, even ones."""
+
+    def uniform(metadata: Any) -> torch.Tensor:
+        return torch.full((len(metadata.draft_token_ids), V), 1 / V)
+
+    monkeypatch.setattr(runner(from_history), "_get_spec_decode_draft_probs", uniform)
+    assert smallest_p(seen(draw(from_history, 4000, temperature=1.0)), exact("T=1")) < 1e-8
 
 
 def test_min_p_beside_speculating_requests_has_its_distribution(sampler_of, exact) -> None:
