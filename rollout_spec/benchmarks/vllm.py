@@ -21,8 +21,7 @@ from rollout_spec.policy.baselines import Off
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 GPU_BATCHES = (*BATCHES, 64, 128)
-_TOKENS_OF_WORK, _FEWEST, _MOST = 192, 12, 32
-_GPU_TOKENS = 128  # of every sequence: its steps take milliseconds
+_TOKENS, _GPU_TOKENS = 32, 128  # of every sequence; on a GPU its steps take milliseconds
 _CALIBRATING = (
     48  # tokens in which the plugin has measured its costs at a batch size; it does so once per machine
 )
@@ -75,7 +74,7 @@ class VllmBenchmark:
         else:
             self._start("stock again", {})
         for batch in batches:
-            tokens = _GPU_TOKENS if self.on_gpu else max(_FEWEST, min(_MOST, _TOKENS_OF_WORK // batch))
+            tokens = _GPU_TOKENS if self.on_gpu else _TOKENS
             rounds = [(self._next(batch), [tokens] * batch) for _ in range(self.pairs + 1)]
             self._run(name, self._next(batch), [_CALIBRATING] * batch)
             seconds = self._turns(("stock", "stock again", name), rounds)
@@ -85,7 +84,7 @@ class VllmBenchmark:
     def single(self) -> None:
         """One sequence, against vLLM's own ways to speculate."""
         names, others = self._start_alternatives()
-        seconds = self._turns(names, [(self._next(1), [_MOST * 2]) for _ in range(self.pairs + 1)])
+        seconds = self._turns(names, [(self._next(1), [_TOKENS * 2]) for _ in range(self.pairs + 1)])
         for other in others:
             self._record("one sequence", seconds, other, "plugin", 1.0)
 

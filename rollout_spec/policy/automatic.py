@@ -209,7 +209,7 @@ class AutomaticPolicy(SpeculationPolicy):
         self._held, self._offers, self._slots = 0, offers, state.slots
         drafters = [name for name in state.drafters if name in self.acceptance]
         if not drafters and not matched:
-            self._mode = _PLAIN
+            self._mode, self._weights = _PLAIN, np.zeros(0)
             return Plan.plain(batch, Reason.NO_DRAFTER)
         plain_seconds = self.costs.target(batch, batch, context)
         if not 0 < plain_seconds < math.inf:
