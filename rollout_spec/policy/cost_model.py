@@ -157,8 +157,9 @@ def fit(timings: Sequence[PassTiming], expert_share: float = 0.0, kv_share: floa
         timings: Passes of any kinds. To know a term, vary what it multiplies: batch, rows per sequence, context.
         expert_share: Routed experts per row over all of them, from the model's configuration; 0 for dense models.
         kv_share: Bytes of the keys and values of a context token over those of the target's weights, for timings
-            in which the context did not vary by itself: reading a token then takes this share of reading the
-            weights, in passes of every kind, and no other term counts it. None: the timings tell.
+            in which the context did not vary by itself: reading a token then takes this share of what a pass of the
+            target takes without rows or context, in passes of every kind, and no other term counts it. (Few timings do not
+            tell reading weights from other constant time, of which it is most.) None: the timings tell.
 
     Raises:
         ValueError: There are no timings, or one of them is impossible; with `kv_share`, none is of the target.
@@ -230,7 +231,7 @@ def _fit_pass(
 ) -> PassCost:
     """The cost of one kind of pass from its configurations [N, 4].
 
-    With `kv_share` a context token costs this share of the weights, and `per_kv_token`, nothing more.
+    With `kv_share` a context token costs this share of the constant time, and `per_kv_token`, nothing more.
     """
     from scipy.optimize import least_squares
 
@@ -247,7 +248,7 @@ def _fit_pass(
         found = replace(nothing, **dict(zip(terms, (share * scale).tolist(), strict=True)))
         if kv_share is None:
             return found
-        return replace(found, per_kv_token=per_kv_token + kv_share * found.weights)
+        return replace(found, per_kv_token=per_kv_token + kv_share * (found.launch + found.weights))
 
     def residuals(share: np.ndarray) -> np.ndarray:
         errors = np.log(cost(share).seconds(*where) / seconds)

@@ -209,4 +209,4 @@ def test_a_delegate_passes_everything_on():
         arguments = tuple(range(len(inspect.signature(getattr(delegate, name)).parameters)))
         getattr(delegate, name)(*arguments)
         assert told.pop() == (name, arguments)
-    assert len(names) == 7
+    assert len(names) == 8
