@@ -99,6 +99,7 @@ class Decision:
         seconds: What deciding took.
         dropped: Whether the drafts are only made to be timed, and not verified.
         drafter: What drafts: the drafter, history (then as many tokens as the plan says, at most), or None.
+        looked: Whether the policy looked for it, and did not rest.
     """
 
     draft_length: int
@@ -108,6 +109,7 @@ class Decision:
     seconds: float = 0.0
     dropped: bool = False
     drafter: str | None = None
+    looked: bool = False
 
     @property
     def by_history(self) -> bool:
@@ -211,14 +213,21 @@ class Decisions:
             length = max(x for x in self.lengths if x <= plan.draft_lengths.max())
             drafter = self.drafter if length else None
         seconds = time.perf_counter() - began
-        if self._planned is None:
+        looked, self._planned = self._planned is None, None
+        if looked:
             self.looking = seconds
-        self._planned = None
         dropped = length > 0 and isinstance(self.policy, SelfCalibrating) and self.policy.dropping
         requests = tuple(x.request for x in live)
-        return self._counted(Decision(length, requests, state, plan, seconds, dropped, drafter))
+        return self._counted(Decision(length, requests, state, plan, seconds, dropped, drafter, looked))
 
-    def revise(self, decided: Decision, live: Sequence[Live], waiting: int, matches: Matches) -> Decision:
+    def revise(
+        self,
+        decided: Decision,
+        live: Sequence[Live],
+        waiting: int,
+        matches: Matches,
+        began: float | None = None,
+    ) -> Decision:
         """The latest decision again when its pass is scheduled, by what history has then.
 
         Args:
@@ -226,18 +235,21 @@ class Decisions:
             live: Those of its requests that decode in the pass, at least one.
             waiting: How many others wait.
             matches: What history has for each of `live`.
+            began: As for `decide`: searching history counts too.
         """
         if decided.plan is None:
             return decided
-        began, state = time.perf_counter(), self._state(live, waiting, matches)
+        if began is None:
+            began = time.perf_counter()
+        state = self._state(live, waiting, matches)
         plan = self.policy.revise(decided.plan, state)
         self.looking += time.perf_counter() - began
         if plan is decided.plan:
             return decided
         self._count(decided, -1)
         drafter = HISTORY if plan.speculates else None
-        revised = Decision(0, tuple(x.request for x in live), state, plan, decided.seconds, False, drafter)
-        return self._counted(revised)
+        requests = tuple(x.request for x in live)
+        return self._counted(Decision(0, requests, state, plan, decided.seconds, False, drafter, True))
 
     def observe(
         self, before: Decision, now: Decision, verified: Sequence[Verified], seconds: float, clean: bool

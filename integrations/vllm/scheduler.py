@@ -114,20 +114,20 @@ class PolicyScheduler(Scheduler):
         return bool(self._steps) or (self._decided.draft_length > 0 and not self._decided.dropped)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        if self._history is not None and self._decided.state is not None and not self._decided.draft_length:
+        if self._history is not None and self._decided.looked and not self._decided.draft_length:
             self._draft_from(self._history)
         self._began = time.perf_counter()
         return super().schedule(*args, **kwargs)
 
     def _draft_from(self, history: RequestHistory) -> None:
         """Decide what history drafts for the step about to be scheduled, and give it to the running requests."""
-        known = set(self._decided.requests)
+        began, known = time.perf_counter(), set(self._decided.requests)
         requests = [x for x in self.running if x.request_id in known and _decodes(x)]
         if not requests:
             return
         live = [self._live(x, x.num_tokens) for x in requests]
         matches = history.matches(requests, self._allowed(requests, live))
-        self._decided = self.decisions.revise(self._decided, live, len(self.waiting), matches)
+        self._decided = self.decisions.revise(self._decided, live, len(self.waiting), matches, began)
         if self._decided.by_history and self._decided.plan is not None:
             drafts = history.drafts(requests, self._decided.plan.draft_lengths)
             for request, tokens in zip(requests, drafts, strict=True):

@@ -178,6 +178,22 @@ class TestHistory:
         rested = decisions.rest(1)
         assert rested is not None and rested.plan is not None and rested.plan.reason is Reason.NO_DRAFTER
 
+    def test_it_is_searched_only_where_the_policy_looks(
+        self, ticks: SimpleNamespace, policy: AlwaysHistory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The last step of a rest is observed, but nobody looks; and the price of a look has both its searches."""
+        decisions = Decisions(policy, "nf4", range(5), history=True)
+        looked = decisions.decide(live("a"), 0, began=-1e-3, matches=self.matches(4))
+        before = decisions.looking
+        decisions.revise(looked, live("a"), 0, self.matches(4), began=-1e-3)
+        assert looked.looked and decisions.looking > 1.9 * before > 1e-3
+        looks = iter([False, True])
+        monkeypatch.setattr(policy, "looks", lambda batch: next(looks))
+        monkeypatch.setattr(policy, "plan", lambda state: Plan.plain(1, Reason.NOT_WORTH))
+        assert decisions.rest(1) is None
+        last = decisions.decide(live("a"), 0, matches=self.matches(4))
+        assert last.state is not None and not last.looked
+
     def test_while_costs_are_measured_it_waits(self) -> None:
         made = SelfCalibrating("nf4", make, 8)
         decisions = Decisions(made, "nf4", range(9), history=True)
