@@ -182,6 +182,11 @@ class Decisions:
         return self._counted(Decision(0, plan=plan))
 
     @property
+    def looks(self) -> bool:
+        """Whether the policy will look at what `decide` is told: not in the last step of a rest."""
+        return self._planned is None
+
+    @property
     def _usable(self) -> tuple[str, ...]:
         return () if self.drafter is None or self.set_aside is not None else (self.drafter,)
 
@@ -201,7 +206,7 @@ class Decisions:
         if not live:
             return Decision(0)
         state = self._state(live, waiting, matches)
-        plan = self._planned
+        looked, plan = self.looks, self._planned
         if plan is None:
             plan = self.policy.plan(state)
         else:
@@ -213,7 +218,7 @@ class Decisions:
             length = max(x for x in self.lengths if x <= plan.draft_lengths.max())
             drafter = self.drafter if length else None
         seconds = time.perf_counter() - began
-        looked, self._planned = self._planned is None, None
+        self._planned = None
         if looked:
             self.looking = seconds
         dropped = length > 0 and isinstance(self.policy, SelfCalibrating) and self.policy.dropping

@@ -174,7 +174,7 @@ class PolicyScheduler(Scheduler):
         if not any(may_draft(self, self.requests[one.request]) for one in live):
             return Decision(0)
         matches = None
-        if self._history is not None and live:
+        if self._history is not None and self.decisions.looks:
             matches = self._expected(self._history, live, scheduler_output.scheduled_spec_decode_tokens)
         return self.decisions.decide(live, len(self.waiting), began, matches)
 

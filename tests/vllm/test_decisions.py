@@ -190,9 +190,9 @@ class TestHistory:
         looks = iter([False, True])
         monkeypatch.setattr(policy, "looks", lambda batch: next(looks))
         monkeypatch.setattr(policy, "plan", lambda state: Plan.plain(1, Reason.NOT_WORTH))
-        assert decisions.rest(1) is None
-        last = decisions.decide(live("a"), 0, matches=self.matches(4))
-        assert last.state is not None and not last.looked
+        assert decisions.looks and decisions.rest(1) is None and not decisions.looks
+        last = decisions.decide(live("a"), 0)
+        assert last.state is not None and not last.looked and decisions.looks
 
     def test_while_costs_are_measured_it_waits(self) -> None:
         made = SelfCalibrating("nf4", make, 8)

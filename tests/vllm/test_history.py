@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from rollout_spec.integrations.vllm.history import RequestHistory
 
 
-def request(name: str, prompt: list[int], output: list[int] = [], salt: str | None = None) -> Any:  # noqa: B006
+def request(name: str, prompt: list[int], output: Sequence[int] = (), salt: str | None = None) -> Any:
     return SimpleNamespace(
         request_id=name,
         prompt_token_ids=prompt,
