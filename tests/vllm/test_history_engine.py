@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,12 @@ from rollout_spec.integrations.vllm.history import RequestHistory
 
 pytest.importorskip("vllm")
 
-from small_engines import DRAFTER, POLICY, counts, generate, scheduler, start, stop_all
+from safetensors.torch import load_file
+from small_engines import DRAFTER, POLICY, counts, generate, runner, scheduler, start, stop_all
 from vllm import SamplingParams
 
 from rollout_spec.integrations.vllm.arguments import llm_arguments
-from rollout_spec.integrations.vllm.choose_policy import why_no_history
+from rollout_spec.integrations.vllm.choose_policy import kv_share, why_no_history
 from rollout_spec.integrations.vllm.options import options_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -100,6 +102,20 @@ class TestEngine:
             generate(engine, REPEATING[:1], SamplingParams(temperature=0, max_tokens=120, ignore_eos=True))
         assert decisions.drafters["history"] > decisions.drafters[DRAFTER]
 
+    def test_what_a_context_token_weighs(self, engine: Any) -> None:
+        """Its keys and values over the weights of a pass, as this engine holds them; both in one dtype."""
+        config = engine.llm_engine.vllm_config
+        groups = scheduler(engine).kv_cache_config.kv_cache_groups
+        kept = [x.kv_cache_spec for x in groups for _ in x.layer_names]
+        kv = sum(spec.page_size_bytes / spec.block_size for spec in kept)
+        # vLLM packs its weights; those of the checkpoint are as many, an embedding that is the head's counts once
+        weights = load_file(Path(POLICY) / "model.safetensors")
+        tied = config.model_config.hf_text_config.tie_word_embeddings
+        read = 4 * sum(x.numel() for n, x in weights.items() if x.dim() == 2 and ("embed" not in n or tied))
+        assert kv_share(config) == pytest.approx(kv / read, rel=0.02)
+        unknown = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=SimpleNamespace(to_dict=dict)))
+        assert kv_share(unknown) is None
+
     def test_why_there_is_none(self, engine: Any) -> None:
         config = engine.llm_engine.vllm_config
         assert why_no_history(config, options_of(config)) is None
@@ -128,6 +144,4 @@ class TestEngine:
 
 
 def _forwards(llm: Any) -> int:
-    from small_engines import runner
-
     return int(runner(llm).drafter.forwards)
