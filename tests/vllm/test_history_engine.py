@@ -19,6 +19,7 @@ from vllm import SamplingParams
 
 from rollout_spec.integrations.vllm.arguments import llm_arguments
 from rollout_spec.integrations.vllm.choose_policy import kv_share, why_no_history
+from rollout_spec.integrations.vllm.decisions import Live
 from rollout_spec.integrations.vllm.options import options_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -79,6 +80,18 @@ class TestEngine:
         params = SamplingParams(temperature=1.0, min_p=0.1, max_tokens=20, ignore_eos=True, detokenize=False)
         assert all(len(x) == 20 for x in generate(engine, REPEATING, params))
         assert counts(engine) == before
+
+    def test_who_is_planned_for(self, engine: Any) -> None:
+        """Not requests that cannot be judged, and none with a grammar, which history does not know."""
+
+        def request(grammar: Any = None, **params: Any) -> Any:
+            return SimpleNamespace(
+                sampling_params=SamplingParams(**params), structured_output_request=grammar
+            )
+
+        requests = [request(), request(min_p=0.1), request(logit_bias={1: 1.0}), request(grammar=object())]
+        live = [Live("a", 20, 10, 7)] * len(requests)
+        assert scheduler(engine)._allowed(requests, live).tolist() == [6, 0, 0, 0]
 
     def test_nothing_is_left_behind(self, engine: Any) -> None:
         scheduler(engine).decisions.policy = AlwaysHistory(6)
