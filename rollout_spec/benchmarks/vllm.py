@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class VllmBenchmark:
         for batch in batches:
             tokens = _GPU_TOKENS if self.on_gpu else _TOKENS
             rounds = [(self._next(batch), [tokens] * batch) for _ in range(self.pairs + 1)]
-            self._run(name, self._next(batch), [_CALIBRATING] * batch)
+            self._run([name], self._next(batch), [_CALIBRATING] * batch)
             seconds = self._turns(("stock", "stock again", name), rounds)
             self._record(f"B={batch}", seconds, "stock", name, target, tokens=tokens)
             self._record(f"B={batch}", seconds, "stock", "stock again", None, tokens=tokens)
@@ -168,35 +169,54 @@ class VllmBenchmark:
         outputs = self._engines["stock"].generate(list(prompts), params, use_tqdm=False)
         return [len(output.outputs[0].token_ids) for output in outputs]
 
-    def _run(self, name: str, prompts: Sequence[str], lengths: Lengths) -> float:
+    def _run(self, names: Sequence[str], prompts: Sequence[str], lengths: Lengths) -> list[float]:
+        """Seconds that each of these engines has worked until all are done, step by step in turn."""
         from vllm import SamplingParams
 
         params = [SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True) for n in lengths]
-        engine = self.engine(name.removesuffix(" off"))
-        decisions = getattr(scheduler(engine.llm_engine), "decisions", None)
-        policy = getattr(decisions, "policy", None)
-        if name.endswith(" off"):
-            assert decisions is not None
-            decisions.policy = Off()
-        start = time.perf_counter()
-        engine.generate(list(prompts), params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        if decisions is not None:
-            decisions.policy = policy
+        seconds, working = [0.0] * len(names), []
+        for place, name in enumerate(names):
+            engine = self.engine(name.removesuffix(" off"))
+            start = time.perf_counter()
+            engine.enqueue(list(prompts), params, use_tqdm=False)
+            seconds[place] = time.perf_counter() - start
+            working.append((place, engine.llm_engine))
+        with self._policies_off(names):
+            while working := [x for x in working if x[1].has_unfinished_requests()]:
+                for place, core in working:
+                    start = time.perf_counter()
+                    core.step()
+                    seconds[place] += time.perf_counter() - start
         return seconds
+
+    @contextmanager
+    def _policies_off(self, names: Sequence[str]) -> Iterator[None]:
+        """Let no engine speculate whose name ends so."""
+        engines = [self.engine(x.removesuffix(" off")) for x in names if x.endswith(" off")]
+        decisions = [scheduler(engine.llm_engine).decisions for engine in engines]
+        policies = [x.policy for x in decisions]
+        for one in decisions:
+            one.policy = Off()
+        yield
+        for one, policy in zip(decisions, policies, strict=True):
+            one.policy = policy
 
     def _turns(
         self, names: Sequence[str], rounds: Sequence[tuple[Sequence[str], Lengths]]
     ) -> dict[str, np.ndarray]:
-        """Seconds of every engine, on the prompts of each round, to these lengths; the first round does not count."""
+        """Seconds of every engine, on the prompts of each round, to these lengths; the first round does not count.
+
+        On a CPU the engines take turns with every step, so that they meet the same drift of the machine; on a GPU,
+        where a step begins before the last has ended, with every round.
+        """
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for turn, (prompts, lengths) in enumerate(rounds):
-            for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
-                with self.console.status(f"{name}, {len(prompts)} sequences, round {turn} of {self.pairs}"):
-                    taken = self._run(name, prompts, lengths)
-                if turn:
-                    seconds[name].append(taken)
-        return {name: np.array(taken) for name, taken in seconds.items()}
+            order = [*names[turn % len(names) :], *names[: turn % len(names)]]
+            with self.console.status(f"{len(prompts)} sequences, round {turn} of {self.pairs}"):
+                for together in [[name] for name in order] if self.on_gpu else [order]:
+                    for name, taken in zip(together, self._run(together, prompts, lengths), strict=True):
+                        seconds[name].append(taken)
+        return {name: np.array(taken[1:]) for name, taken in seconds.items()}
 
     def _record(
         self,
