@@ -21,7 +21,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-from rollout_spec.integrations.vllm.elementwise import use_kernels
+from rollout_spec.integrations.vllm.drafter_forward import use_decoder
 from rollout_spec.integrations.vllm.hidden_states import offer
 from rollout_spec.integrations.vllm.metrics import set_aside
 from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
@@ -83,7 +83,7 @@ class SelfDrafter(StockOrSelfDrafter):
             layers[name].get_kv_cache_spec = lambda vllm_config: None  # so nothing is allocated for it
         self._layers = [layers[name] for name in targets]
         if self.device.type == "cpu" and self.vllm_config.model_config.enforce_eager:
-            use_kernels(self.model, self.dtype)
+            use_decoder(self.model, self.vllm_config)
         compute_logits = self.model.compute_logits
         self.model.compute_logits = lambda *args, **kwargs: self._checked(compute_logits(*args, **kwargs))
         # vLLM's own sharing between layers; a layer that declared it itself would not write.

@@ -18,6 +18,8 @@ _CREATE_WEIGHTS = (
     "**extra_weight_attrs"
 )
 
+_FAMILIES = (("llama", "Llama"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+
 DRAFTER = (
     touch(
         "drafter",
@@ -36,17 +38,36 @@ DRAFTER = (
     ),
     touch("drafter", f"{_PROPOSER}.load_model", "self, target_model", why="overridden: no KV is allocated"),
     touch("drafter", f"{_DRAFT_MODEL}._create_draft_vllm_config", "self", why="overridden: one KV layout"),
-    touch(
-        "drafter",
-        "vllm.model_executor.custom_op:CustomOp",
-        ("_forward_method",),
-        why="on a CPU, eagerly, the drafter's norms and gates are computed by kernels",
+    *(
+        touch(
+            "drafter",
+            f"vllm.model_executor.models.{module}:{name}",
+            attributes,
+            why="on a CPU, eagerly, the drafter computes by our decoder, over these",
+        )
+        for module, name, attributes in (
+            *((module, f"{family}ForCausalLM", ("lm_head", "model")) for module, family in _FAMILIES),
+            ("llama", "LlamaModel", ("embed_tokens", "layers", "norm")),
+            ("qwen2", "Qwen2Model", ("embed_tokens", "layers", "norm")),
+            *(
+                (
+                    module,
+                    f"{family}DecoderLayer",
+                    ("input_layernorm", "mlp", "post_attention_layernorm", "self_attn"),
+                )
+                for module, family in _FAMILIES
+            ),
+            *((module, f"{family}Attention", ("attn", "o_proj", "qkv_proj")) for module, family in _FAMILIES),
+            ("llama", "LlamaMLP", ("down_proj", "gate_up_proj")),
+            ("qwen2", "Qwen2MLP", ("down_proj", "gate_up_proj")),
+            ("qwen3", "Qwen3Attention", ("k_norm", "q_norm")),
+        )
     ),
     touch(
         "drafter",
-        "vllm.model_executor.layers.layernorm:RMSNorm",
-        ("has_weight", "variance_epsilon", "variance_size_override", "weight"),
-        why="read by those kernels",
+        f"{_LAYERS}.attention.attention:Attention.forward",
+        "self, query, key, value, ...",
+        why="attends for our decoder, with vLLM's cache",
     ),
     touch("drafter", f"{_PROPOSER}.take_last_draft_probs", "self", why="hands q to the verifier"),
     touch(
