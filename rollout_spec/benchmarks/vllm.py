@@ -77,7 +77,7 @@ class VllmBenchmark:
         for batch in batches:
             tokens = _GPU_TOKENS if self.on_gpu else _TOKENS
             rounds = [(self._next(batch), [tokens] * batch) for _ in range(self.pairs + 1)]
-            self._run([name], self._next(batch), [_CALIBRATING] * batch)
+            self._calibrate(name, batch)
             seconds = self._turns(("stock", "stock again", name), rounds)
             self._record(f"B={batch}", seconds, "stock", name, target, tokens=tokens)
             self._record(f"B={batch}", seconds, "stock", "stock again", None, tokens=tokens)
@@ -85,6 +85,7 @@ class VllmBenchmark:
     def single(self) -> None:
         """One sequence, against vLLM's own ways to speculate."""
         names, others = self._start_alternatives()
+        self._calibrate("plugin", 1)
         seconds = self._turns(names, [(self._next(1), [_TOKENS * 2]) for _ in range(self.pairs + 1)])
         for other in others:
             self._record("one sequence", seconds, other, "plugin", 1.0)
@@ -96,6 +97,8 @@ class VllmBenchmark:
         """
         self._start_both()
         names, others = self._start_alternatives() if alternatives else (("stock", "plugin"), ("stock",))
+        for size in range(batch.bit_length()):
+            self._calibrate("plugin", 1 << size)
         prompts = stratified(batch, self.pairs + 1, self.seed)
         rows = [prompts[row : row + batch] for row in range(0, len(prompts), batch)]
         rounds = [(row, self._lengths(row)) for row in rows]
@@ -150,6 +153,10 @@ class VllmBenchmark:
         self._engines[name] = engine
         blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
         self.notes.setdefault("kv_blocks", {})[name] = blocks
+
+    def _calibrate(self, name: str, batch: int) -> None:
+        """Let it measure its costs about a batch size, if it has not yet."""
+        self._run([name], self._next(batch), [_CALIBRATING] * batch)
 
     def engine(self, name: str) -> Any:
         """The engine of that name, an `LLM`."""
