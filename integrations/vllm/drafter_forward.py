@@ -52,7 +52,7 @@ class DrafterForward:
     """
 
     def __init__(self, model: Any, spec: ModelSpec, dtype: torch.dtype, positions: int) -> None:
-        self._model, self._spec, self._stock = model, spec, model.forward
+        self._model, self._spec = model, spec
         self._rope = RotaryTable(spec, "cpu", dtype, positions)
         layers = model.model.layers
         self._attention = [layer.self_attn.attn for layer in layers]
@@ -66,12 +66,11 @@ class DrafterForward:
         self,
         input_ids: Tensor,
         positions: Tensor,
-        intermediate_tensors: Any = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Any:
+        intermediate_tensors: None = None,
+        inputs_embeds: None = None,
+    ) -> Tensor:
         """As vLLM's models: token ids and positions [R], inside a forward context."""
-        if inputs_embeds is not None or intermediate_tensors is not None:
-            return self._stock(input_ids, positions, intermediate_tensors, inputs_embeds)
+        assert intermediate_tensors is None and inputs_embeds is None  # of several ranks, and of images
         made_of = [linear.quantized for layer in self._linears for linear in layer]
         if made_of != self._made_of:  # a weight update quantizes every one of them anew
             self._decoder, self._made_of = Decoder(self._spec, self._weights(), self._rope), made_of

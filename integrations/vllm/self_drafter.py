@@ -29,6 +29,7 @@ from rollout_spec.integrations.vllm.refusals import check_layers, refuse
 
 logger = logging.getLogger("rollout_spec")
 
+_GREEDY = 1e-5  # a temperature below is none, as in vLLM
 PREFIX = "draft_model."  # vLLM's, of the names of a draft model's layers
 
 
@@ -171,6 +172,19 @@ class SelfDrafter(StockOrSelfDrafter):
             self._last_draft_probs = torch.stack(probs, 1)
         return torch.stack(tokens, 1)
 
+    def _sample_from_logits(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
+        """As vLLM's: tokens int64 [B] and q float32 [B, V], from logits [B, V] at the requests' temperatures.
+
+        vLLM's takes a number of noise for every token of the vocabulary, on a CPU most of what sampling costs there.
+        """
+        if self.device.type != "cpu" or sampling_metadata.all_greedy:
+            return super()._sample_from_logits(logits, sampling_metadata)
+        temperature = sampling_metadata.temperature
+        greedy = temperature < _GREEDY
+        q = (logits.float() / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
+        tokens = draw(q)
+        return (tokens if sampling_metadata.all_random else torch.where(greedy, q.argmax(-1), tokens)), q
+
     def _checked(self, logits: Tensor) -> Tensor:
         """`logits` [B, V], rows that are not finite made uniform, and noted."""
         if not self._drafting:  # the canary wants them as they are
@@ -234,3 +248,14 @@ class SelfDrafter(StockOrSelfDrafter):
                 slot_mapping=self._get_slot_mapping(rows),
             ):
                 yield rows
+
+
+def draw(p: Tensor) -> Tensor:
+    """A token int64 [B] of each row of probabilities p float32 [B, V], by one uniform number.
+
+    It is the first whose cumulated probability, in float64, exceeds that number's share of the row's sum; so none that
+    has no probability.
+    """
+    reached = p.cumsum(-1, dtype=torch.float64)
+    at = torch.rand(len(p), 1, dtype=torch.float64) * reached[:, -1:]
+    return torch.searchsorted(reached, at, right=True)[:, 0].clamp_max(p.shape[-1] - 1)

@@ -24,7 +24,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 GPU_BATCHES = (*BATCHES, 64, 128)
 _TOKENS, _GPU_TOKENS = 32, 128  # of every sequence; on a GPU its steps take milliseconds
 _CALIBRATING = (
-    48  # tokens in which the plugin has measured its costs at a batch size; it does so once per machine
+    64  # tokens in which the plugin has measured its costs at a batch size; it does so once per machine
 )
 _KV_BYTES, _GPU_KV_BYTES, _MAX_LEN, _LONGEST = 1 << 29, 1 << 32, 640, 160
 _NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
