@@ -258,4 +258,4 @@ def draw(p: Tensor) -> Tensor:
     """
     reached = p.cumsum(-1, dtype=torch.float64)
     at = torch.rand(len(p), 1, dtype=torch.float64) * reached[:, -1:]
-    return torch.searchsorted(reached, at, right=True)[:, 0].clamp_max(p.shape[-1] - 1)
+    return torch.searchsorted(reached, at, right=True)[:, 0]

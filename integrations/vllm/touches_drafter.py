@@ -92,7 +92,7 @@ DRAFTER = (
         "drafter",
         f"{_PROPOSER}._sample_from_logits",
         "self, logits, sampling_metadata",
-        why="samples drafts, with q where drafting is probabilistic",
+        why="overridden on CPUs: samples drafts, with q where drafting is probabilistic",
     ),
     touch(
         "drafter",
