@@ -85,17 +85,17 @@ class DrafterForward:
         layers = []
         for layer, linears in zip(model.layers, self._linears, strict=True):
             qkv, o, gate_up, down = map(_linear, linears)
-            norms = layer.input_layernorm.weight.data, layer.post_attention_layernorm.weight.data
+            norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
             layers.append(
                 LayerWeights(norms[0], qkv, self._qk_norm(layer.self_attn), o, norms[1], gate_up, down)
             )
-        embed, head = model.embed_tokens.weight.data, cast(Linear, self._model.lm_head)
-        return DecoderWeights(embed, tuple(layers), model.norm.weight.data, head)
+        head = cast(Linear, self._model.lm_head)  # not asked: vLLM computes the logits
+        return DecoderWeights(model.embed_tokens.weight, tuple(layers), model.norm.weight, head)
 
     def _qk_norm(self, attention: Any) -> Tensor | None:
         if not self._spec.qk_norm:
             return None
-        q, k = attention.q_norm.weight.data, attention.k_norm.weight.data
+        q, k = attention.q_norm.weight, attention.k_norm.weight
         return torch.cat((q.expand(self._spec.num_heads, -1), k.expand(self._spec.num_kv_heads, -1)))
 
 
