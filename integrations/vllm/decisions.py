@@ -382,7 +382,9 @@ class Decisions:
         )
         from_history = np.zeros_like(drafted) if own else drafted
         drafter = self.drafter if own else None
-        carried = Plan(drafted, from_history, drafter, plan.reason, plan.gain, plan.seconds)
+        carried = Plan(
+            drafted, from_history, drafter, plan.reason, plan.gain, plan.seconds, forecast=plan.forecast
+        )
         self.policy.observe(state, carried, outcome)
 
     def _draft_share(self, step: StepTiming) -> float:

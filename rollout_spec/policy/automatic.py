@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -84,13 +84,14 @@ class _Known:
     valid: bool = False
 
 
-class _Predicted(NamedTuple):
-    """What is expected of the pass under way.
+class _Forecast(NamedTuple):
+    """What is expected of a pass.
 
     Attributes:
         gain: Not corrected by what the arbiter learnt.
         instead: Gain of what would have run, if this is a trial; else None.
         together: Share of its worth that stays, see `AutomaticPolicy._together`.
+        weights: What a token of each of `slots` was worth.
     """
 
     arm: str
@@ -99,6 +100,7 @@ class _Predicted(NamedTuple):
     plain_seconds: float
     instead: float | None
     together: float
+    weights: np.ndarray
 
 
 class AutomaticPolicy(SpeculationPolicy):
@@ -147,14 +149,13 @@ class AutomaticPolicy(SpeculationPolicy):
         self._passes = self._batch = 0
         self._rest = self._pause = 0  # plain passes to the next look, and between the last two
         self._held = self._asked = 0  # passes to the next look, and the pass of the last
-        self._last: tuple[Plan, _Predicted] | None = None  # what a drafter does again until then
+        self._last: Plan | None = None  # what a drafter does again until then
         self._offers: tuple[object, ...] = ()  # at the last look: whether history matched, and the drafters
         self._slots = np.zeros(0, np.int64)  # and the sequences
         self._plain_seconds = math.nan
         self._looked = False  # whether the plan of this pass took a decision
         self.deciding = 0.0  # seconds that a decision takes
         self._known: dict[str, _Known] = {}
-        self._predicted: _Predicted | None = None
         self._compile()
 
     def _compile(self) -> None:
@@ -186,7 +187,6 @@ class AutomaticPolicy(SpeculationPolicy):
     def plan(self, state: StepState) -> Plan:
         batch = len(state.slots)
         self._passes += 1
-        self._predicted = None
         if self._passes % _FADE_EVERY == 0:
             self._fade()
         self._looked = self.looks(batch)
@@ -203,7 +203,7 @@ class AutomaticPolicy(SpeculationPolicy):
         if self._held and same and offers == self._offers:
             self._held -= 1
             if self._last is not None:
-                return self._again(*self._last, room)
+                return self._again(self._last, room)
             round = Round(self, state, self._weights, room, found, context, self._plain_seconds)
             return self._carry_out(round, self._mode, None, Reason.STILL_PAYS)
         self._held, self._offers, self._slots = 0, offers, state.slots
@@ -242,21 +242,30 @@ class AutomaticPolicy(SpeculationPolicy):
             state.slots, self._slots, state.allowed, state.lengths, state.matches.lengths, self.longest
         )
         plain_seconds = self.costs.target(batch, batch, context)
+        forecast = plan.forecast
         if not same or len(self._weights) != batch:
-            self._slots, self._predicted = state.slots, None
+            self._slots, forecast = state.slots, None
             self._value_of_tokens(state, context, plain_seconds)
         if matched and 0 < plain_seconds < math.inf:
             chosen = Round(self, state, self._weights, room, found, context, plain_seconds).candidate(HISTORY)
             together = self._known[HISTORY].together if HISTORY in self._known else 1.0
             gain = chosen.gain * self.arbiter.correction(HISTORY, batch) * together
             if gain > 1:
-                if self._predicted is None:
-                    self._predicted = _Predicted(
-                        HISTORY, state.slots, chosen.gain, plain_seconds, None, together
-                    )
+                forecast = forecast or _Forecast(
+                    HISTORY, state.slots, chosen.gain, plain_seconds, None, together, self._weights
+                )
                 reason = plan.reason if plan.speculates else Reason.PAYS
-                return Plan(chosen.draft_lengths, chosen.from_history, None, reason, gain, chosen.seconds)
-        return Plan.plain(batch, Reason.NOT_WORTH if plan.speculates else plan.reason, plain_seconds)
+                return Plan(
+                    chosen.draft_lengths,
+                    chosen.from_history,
+                    None,
+                    reason,
+                    gain,
+                    chosen.seconds,
+                    forecast=forecast,
+                )
+        reason = Reason.NOT_WORTH if plan.speculates else plan.reason
+        return Plan.plain(batch, reason, plain_seconds, forecast)
 
     def _changed(self, batch: int) -> bool:
         """Whether what was found for another batch does not hold for this one."""
@@ -300,26 +309,24 @@ class AutomaticPolicy(SpeculationPolicy):
         if (why := self._plain_for_comparison(round.batch, known.gain)) is not None:
             return Plan.plain(round.batch, why, plain_seconds)
         chosen = chosen or round.candidate(arm)
-        self._predicted = _Predicted(
-            arm, round.state.slots, chosen.gain, plain_seconds, instead, known.together
+        forecast = _Forecast(
+            arm, round.state.slots, chosen.gain, plain_seconds, instead, known.together, round.weights
         )
         lengths, stop = chosen.draft_lengths, None
         if chosen.drafter is not None and round.state.stoppable and self.ragged:
             lengths, stop = self._until_in_doubt(round, arm, chosen)
-        plan = Plan(lengths, chosen.from_history, chosen.drafter, reason, known.gain, chosen.seconds, stop)
+        plan = Plan(
+            lengths, chosen.from_history, chosen.drafter, reason, known.gain, chosen.seconds, stop, forecast
+        )
         if arm == chosen.drafter:
-            self._last = plan, self._predicted
+            self._last = plan
         return plan
 
-    def _again(self, last: Plan, predicted: _Predicted, room: np.ndarray) -> Plan:
+    def _again(self, last: Plan, room: np.ndarray) -> Plan:
         """Draft as far as in the last pass, where there is room; history would have to match anew for that."""
         if (why := self._plain_for_comparison(len(room), last.gain)) is not None:
             return Plan.plain(len(room), why, self._plain_seconds)
-        lengths = np.minimum(last.draft_lengths, room)
-        self._predicted = predicted
-        return Plan(
-            lengths, last.from_history, last.drafter, Reason.STILL_PAYS, last.gain, last.seconds, last.stop
-        )
+        return replace(last, draft_lengths=np.minimum(last.draft_lengths, room), reason=Reason.STILL_PAYS)
 
     def _plain_for_comparison(self, batch: int, gain: float) -> Reason | None:
         """Why this pass is to show what plain decoding does, if it is."""
@@ -455,7 +462,7 @@ class AutomaticPolicy(SpeculationPolicy):
                     plan.drafter, context, drafted, plan.from_history, outcome.draft_seconds
                 )
                 self._learn_acceptance(plan.drafter, state, plan, outcome, own)
-        self._learn_gain(state, outcome)
+        self._learn_gain(state, plan.forecast, outcome)
         if outcome.finished.any():
             gone = state.slots[outcome.finished]
             cut_off = outcome.emitted >= state.allowed
@@ -463,19 +470,22 @@ class AutomaticPolicy(SpeculationPolicy):
             self.lengths.observe(lengths[outcome.finished])
             self.forget(gone)
 
-    def _learn_gain(self, state: StepState, outcome: StepOutcome) -> None:
+    def _learn_gain(self, state: StepState, forecast: object, outcome: StepOutcome) -> None:
         """What the pass was worth, also if nothing came of its drafts; nothing if only some sequences took part."""
-        if self._predicted is None or len(state.slots) != len(self._predicted.slots) or outcome.seconds <= 0:
+        if not isinstance(forecast, _Forecast) or len(state.slots) != len(forecast.slots):
             return
-        predicted = self._predicted
-        weights = np.empty_like(self._weights)
-        weights[np.argsort(state.slots)] = self._weights[np.argsort(predicted.slots)]  # the order may differ
+        if outcome.seconds <= 0:
+            return
+        weights = np.empty_like(forecast.weights)
+        weights[np.argsort(state.slots)] = forecast.weights[
+            np.argsort(forecast.slots)
+        ]  # the order may differ
         worth = float(weights @ np.minimum(outcome.accepted + 1, state.allowed))
-        gain = worth * predicted.plain_seconds / outcome.seconds
-        self.arbiter.observe(predicted.arm, len(state.slots), predicted.gain, gain)
-        if predicted.instead is not None:
-            worth *= predicted.together
-            self.arbiter.charge(outcome.seconds - worth * predicted.plain_seconds / predicted.instead)
+        gain = worth * forecast.plain_seconds / outcome.seconds
+        self.arbiter.observe(forecast.arm, len(state.slots), forecast.gain, gain)
+        if forecast.instead is not None:
+            worth *= forecast.together
+            self.arbiter.charge(outcome.seconds - worth * forecast.plain_seconds / forecast.instead)
 
     def _learn_acceptance(
         self, drafter: str, state: StepState, plan: Plan, outcome: StepOutcome, own: np.ndarray

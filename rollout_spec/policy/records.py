@@ -121,6 +121,8 @@ class Plan:
         gain: Predicted speed over plain decoding (1.0 for plain; NaN where nothing was predicted).
         seconds: Predicted time of the pass (NaN where nothing was predicted).
         stop: Ends the drafter's drafting before `draft_lengths`, where the state says `stoppable`; None: it goes on.
+        forecast: What the policy expects of the pass, in its own terms; it wants it back with the outcome, before which
+            it may have planned others.
     """
 
     draft_lengths: np.ndarray
@@ -130,12 +132,15 @@ class Plan:
     gain: float = float("nan")
     seconds: float = float("nan")
     stop: Stop | None = None
+    forecast: object = None
 
     @classmethod
-    def plain(cls, batch: int, reason: Reason, seconds: float = float("nan")) -> Plan:
+    def plain(
+        cls, batch: int, reason: Reason, seconds: float = float("nan"), forecast: object = None
+    ) -> Plan:
         """Decode one token of each of `batch` sequences."""
         zeros = np.zeros(batch, np.int64)
-        return cls(zeros, zeros, None, reason, 1.0, seconds)
+        return cls(zeros, zeros, None, reason, 1.0, seconds, forecast=forecast)
 
     @property
     def speculates(self) -> bool:

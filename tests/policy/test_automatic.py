@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rollout_spec.policy.automatic import HOLD, AutomaticPolicy
 from rollout_spec.policy.cost_model import CostModel, PassCost
-from rollout_spec.policy.records import Matches, Plan, Reason, StepOutcome, StepState
+from rollout_spec.policy.records import HISTORY, Matches, Plan, Reason, StepOutcome, StepState
 
 COSTS = CostModel(
     {
@@ -451,12 +451,43 @@ def test_what_came_of_a_plan_is_weighed_by_slot():
         plan = made.plan(where)
         assert plan.speculates
         accepted = np.array([0, 2, 0, 0])[order]
-        done = Plan(plan.draft_lengths[order], plan.from_history[order], plan.drafter, plan.reason)
+        done = replace(plan, draft_lengths=plan.draft_lengths[order], from_history=plan.from_history[order])
         made.arbiter.observe = lambda arm, batch, predicted, gain: seen_gains.append(gain)
         outcome = StepOutcome(accepted, accepted + 1, np.zeros(len(order), bool), 0.02, 0.03)
         made.observe(where.take(order), done, outcome)
     assert seen_gains[1] == pytest.approx(seen_gains[0])
     assert len(seen_gains) == 2  # part of a plan says nothing about the whole
+
+
+def test_what_came_of_a_plan_is_learnt_though_others_were_made_since():
+    """As in vLLM, where the next pass is planned before this one has run."""
+    made, where, seen_of = policy(), state(1), []
+    made.arbiter.observe = lambda arm, batch, predicted, gain: seen_of.append((arm, batch))
+    plan = made.plan(where)
+    crowd = state(256)
+    after = made.plan(crowd)
+    assert plan.speculates and not after.speculates
+    accepted = plan.draft_lengths
+    made.observe(where, plan, StepOutcome(accepted, accepted + 1, np.zeros(1, bool), 0.02, 0.03))
+    assert seen_of == [("nf4", 1)]
+    none = np.zeros(256, np.int64)
+    made.observe(crowd, after, StepOutcome(none, none + 1, none.astype(bool), 0.0, 0.03))
+    assert len(seen_of) == 1
+
+
+def test_a_trial_is_charged_though_another_plan_was_made_since():
+    made, where, charged = policy(behind_history=False), state(2, drafters=(), matches=matching(2, 0)), []
+    made.arbiter.charge = charged.append
+    tries = iter([HISTORY])
+    made.arbiter.explore = lambda *args: next(tries, None)
+    where = replace(where, matches=matching(2, 0, confidence=0.05))
+    plan = made.plan(where)
+    assert plan.reason is Reason.EXPLORE and plan.speculates
+    assert not made.plan(where).speculates
+    none = np.zeros(2, np.int64)
+    plain = made.costs.target(2, 2, 200)
+    made.observe(where, plan, StepOutcome(none, none + 1, np.zeros(2, bool), 0.0, 2 * plain))
+    assert charged == [pytest.approx(plain, rel=0.05)]
 
 
 def test_a_small_gain_waits_for_plain_passes_and_for_one_again_now_and_then():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -50,6 +51,22 @@ class Recording(Stateless):
 
 def live(*names: str, allowed: int = 50) -> list[Live]:
     return [Live(name, 30, 10, allowed) for name in names]
+
+
+class Foretelling(Recording):
+    """Forecasts the number of the plan."""
+
+    def plan(self, state: StepState) -> Plan:
+        return dataclasses.replace(super().plan(state), forecast=len(self.states))
+
+
+def test_a_policy_is_told_what_it_forecast_of_this_pass_and_not_of_the_next() -> None:
+    policy = Foretelling()
+    decisions = Decisions(policy, "nf4", range(5))
+    made = [decisions.decide(live("a"), 0) for _ in range(3)]
+    for before, now in itertools.pairwise(made):
+        decisions.observe(before, now, [Verified("a", 4, 3, False)], 0.1, True)
+    assert [plan.forecast for _, plan, _ in policy.told] == [1, 2]
 
 
 def test_a_request_keeps_its_slot_until_it_is_gone() -> None:
