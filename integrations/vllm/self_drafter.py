@@ -175,7 +175,7 @@ class SelfDrafter(StockOrSelfDrafter):
     def _sample_from_logits(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
         """As vLLM's: tokens int64 [B] and q float32 [B, V], from logits [B, V] at the requests' temperatures.
 
-        vLLM's takes a number of noise for every token of the vocabulary, on a CPU most of what sampling costs there.
+        vLLM's draws a random number for every token of the vocabulary, most of what sampling costs on a CPU.
         """
         if self.device.type != "cpu" or sampling_metadata.all_greedy:
             return super()._sample_from_logits(logits, sampling_metadata)
