@@ -204,9 +204,11 @@ class VllmBenchmark:
         policies = [x.policy for x in decisions]
         for one in decisions:
             one.policy = Off()
-        yield
-        for one, policy in zip(decisions, policies, strict=True):
-            one.policy = policy
+        try:
+            yield
+        finally:
+            for one, policy in zip(decisions, policies, strict=True):
+                one.policy = policy
 
     def _turns(
         self, names: Sequence[str], rounds: Sequence[tuple[Sequence[str], Lengths]]

@@ -476,10 +476,8 @@ class AutomaticPolicy(SpeculationPolicy):
             return
         if outcome.seconds <= 0:
             return
-        weights = np.empty_like(forecast.weights)
-        weights[np.argsort(state.slots)] = forecast.weights[
-            np.argsort(forecast.slots)
-        ]  # the order may differ
+        weights, planned = np.empty_like(forecast.weights), np.argsort(forecast.slots)
+        weights[np.argsort(state.slots)] = forecast.weights[planned]  # the order may differ
         worth = float(weights @ np.minimum(outcome.accepted + 1, state.allowed))
         gain = worth * forecast.plain_seconds / outcome.seconds
         self.arbiter.observe(forecast.arm, len(state.slots), forecast.gain, gain)
