@@ -329,6 +329,10 @@ def test_of_other_sequences_than_were_planned_for_nothing_old_is_kept():
     revised = made.revise(plan, left)
     assert revised.draft_lengths.shape == (1,) and revised.draft_lengths[0] > 2
     made.observe(left, revised, StepOutcome(np.array([3]), np.array([4]), np.array([False]), 0.0, 0.03))
+    plan = made.plan(left)
+    other = replace(left, slots=np.array([3]))
+    assert made.revise(plan, left).forecast is plan.forecast is not None
+    assert made.revise(plan, other).forecast is not plan.forecast
 
 
 @pytest.mark.parametrize("why", ["drafted", "probe", "resting"])
@@ -440,17 +444,18 @@ class Known:
         return np.tile(self.alpha ** np.arange(1.0, 17), (len(slots), 1))
 
 
-def test_what_came_of_a_plan_is_weighed_by_slot():
+@pytest.mark.parametrize("planned", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_what_came_of_a_plan_is_weighed_by_slot(planned):
     """The runner may carry a plan out in another order, and for fewer sequences if memory is short."""
-    outputs = np.array([3, 300, 3, 3])
-    where = state(4, outputs=outputs)
+    where = state(4, outputs=np.array([3, 300, 3, 3])).take(np.array(planned))
+    straggler = planned.index(1)
     seen_gains = []
     for order in (np.arange(4), np.array([1, 3, 0, 2]), np.array([3, 1])):
         made = policy()
         made.lengths.observe(np.array([20] * 2000 + [400, 450, 500]))
         plan = made.plan(where)
         assert plan.speculates
-        accepted = np.array([0, 2, 0, 0])[order]
+        accepted = np.where(order == straggler, 2, 0)
         done = replace(plan, draft_lengths=plan.draft_lengths[order], from_history=plan.from_history[order])
         made.arbiter.observe = lambda arm, batch, predicted, gain: seen_gains.append(gain)
         outcome = StepOutcome(accepted, accepted + 1, np.zeros(len(order), bool), 0.02, 0.03)
