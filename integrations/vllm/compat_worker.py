@@ -177,10 +177,10 @@ def model_runner(engine: Any) -> Any:
 
 def switch_coupled(engine: Any, coupled: bool) -> None:
     """Take the counter-based noise from an engine that started as coupled, or give it back."""
-    from rollout_spec.integrations.vllm.coupled import _source
+    from rollout_spec.integrations.vllm.draws import noise_source
 
     runner = model_runner(engine)
-    parked = getattr(runner, "_rollout_spec_parked", None) or _source(runner)
+    parked = getattr(runner, "_rollout_spec_parked", None) or noise_source(runner)
     if parked is None:
         raise invalid("coupled", coupled, 'start the engine with speculation={"verifier": "coupled"}')
     runner._rollout_spec_parked = parked

@@ -15,16 +15,13 @@ The key of a request is, in this order:
 The prompt is not in the key. The version is that of the worker's policy (`worker.WorkerPolicy`), 0 before it has one;
 docs/losslessness.md says what each part separates.
 
-vLLM hands `SamplingMetadata.generators` to everything that draws; a `Noise` takes the place of that mapping.
+`draws.py` brings a pass's `Noise` to where vLLM draws.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,14 +29,12 @@ from torch import Tensor, nn
 
 from rollout_spec.contracts import invalid
 from rollout_spec.integrations.vllm.compat_worker import attached_policy
-from rollout_spec.integrations.vllm.options import options_of
-from rollout_spec.integrations.vllm.sampling import check_judged, fix_expand, is_coupled, rebind
 from rollout_spec.requests import noise_key
 from rollout_spec.sampling.noise import fold, row_keys
 from rollout_spec.sampling.verify import draft_coupled
 
 EXTRA_ARG = "rollout_spec_noise_key"
-_GREEDY_BELOW = 1e-5  # temperatures that vLLM's sampler takes for greedy
+GREEDY_BELOW = 1e-5  # temperatures that vLLM's sampler takes for greedy
 _SUFFIX = re.compile(r"-[0-9a-f]{8}$")  # what InputProcessor.assign_request_id appends
 
 
@@ -151,29 +146,6 @@ def choose(logits: Tensor, keys: Tensor) -> Tensor:
     return draft_coupled(logits.unsqueeze(1), keys.unsqueeze(1)).squeeze(1)
 
 
-class CoupledTopKTopP(nn.Module):
-    """Stands in for a sampler's TopKTopPSampler and draws from `Noise` where it is given one."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.original = original
-
-    def forward(
-        self, logits: Tensor, generators: Any, k: Tensor | None, p: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens int64 [B] drawn from logits float32 [B, V] cut by k and p [B], and what the logprobs mode asks for."""
-        if not isinstance(generators, Noise):
-            return self.original(logits, generators, k, p)
-        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
-
-        logits = apply_top_k_top_p(logits, k, p)
-        mode = self.original.logprobs_mode
-        returned = logits if mode == "processed_logits" else None
-        if mode == "processed_logprobs":
-            returned = logits.log_softmax(-1, dtype=torch.float32)
-        return choose(logits, generators.last_row_keys()), returned
-
-
 def verify(
     noise: Noise,
     drafts: Tensor,
@@ -206,7 +178,7 @@ def verify(
     chosen = target_logits.argmax(-1)
     if temperature is not None:
         drawn = choose(target_logits, noise.keys(noise.position[request] + place, request))
-        chosen = torch.where(temperature[request] < _GREEDY_BELOW, chosen, drawn)
+        chosen = torch.where(temperature[request] < GREEDY_BELOW, chosen, drawn)
 
     tokens = torch.full((count, width), -1, dtype=torch.int64, device=drafts.device)
     tokens[request, place] = chosen
@@ -217,67 +189,6 @@ def verify(
     noise.emitted = accepted + 1
     kept = torch.arange(width, device=drafts.device) <= accepted.unsqueeze(1)
     return torch.where(kept, tokens, -1).to(torch.int32)
-
-
-def _source(runner: Any) -> NoiseSource | None:
-    """The runner's noise, prepared at its first use; None unless coupled."""
-    try:
-        source: NoiseSource | None = runner._rollout_spec_noise
-    except AttributeError:
-        source = None
-        if is_coupled(runner.vllm_config):
-            source = NoiseSource(runner.model_config.seed or 0)
-            runner.sampler.topk_topp_sampler = CoupledTopKTopP(runner.sampler.topk_topp_sampler)
-        runner._rollout_spec_configured = options_of(runner.vllm_config) is not None
-        runner._rollout_spec_noise = source
-        if runner._rollout_spec_configured and runner.speculative_config is not None:
-            fix_expand()
-    return source
-
-
-def _sample_with_noise(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _sample(self: Any, logits: Tensor | None, spec_decode_metadata: Any) -> Any:
-        source = _source(self)
-        if spec_decode_metadata is not None and self._rollout_spec_configured:
-            check_judged(self, spec_decode_metadata.num_draft_tokens)
-        batch = self.input_batch
-        if source is not None and not batch.sampling_metadata.all_greedy:
-            noise = source.of_pass(self, spec_decode_metadata)
-            batch.sampling_metadata = replace(batch.sampling_metadata, generators=noise)
-        return original(self, logits, spec_decode_metadata)
-
-    return _sample
-
-
-def _verify_with_noise(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    signature = inspect.signature(original)
-
-    def rejection_sample(*args: Any, **kwargs: Any) -> Tensor:
-        given = signature.bind(*args, **kwargs).arguments
-        sampling = given["sampling_metadata"]
-        if not isinstance(sampling.generators, Noise):
-            return original(*args, **kwargs)
-        return verify(
-            sampling.generators,
-            given["draft_token_ids"],
-            given["target_logits"],
-            given["bonus_token_ids"],
-            sampling.temperature,
-            given["max_spec_len"] + 1,
-        )
-
-    return rejection_sample
-
-
-def _draft_with_noise(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _sample_draft_tokens(self: Any, hidden_states: Tensor, sampling_metadata: Any) -> Any:
-        noise = sampling_metadata.generators
-        other_vocabulary = getattr(self, "use_heterogeneous_vocab", False)
-        if not isinstance(noise, Noise) or sampling_metadata.all_greedy or other_vocabulary:
-            return original(self, hidden_states, sampling_metadata)
-        return draft(noise, self.model.compute_logits(hidden_states), sampling_metadata), None
-
-    return _sample_draft_tokens
 
 
 def draft(noise: Noise, logits: Tensor, sampling_metadata: Any) -> Tensor:
@@ -302,27 +213,8 @@ def draft(noise: Noise, logits: Tensor, sampling_metadata: Any) -> Tensor:
 
     temperature = rows(sampling_metadata.temperature)
     assert temperature is not None
-    greedy = temperature < _GREEDY_BELOW
+    greedy = temperature < GREEDY_BELOW
     best = logits.argmax(-1)
     scores = logits.float() / torch.where(greedy, 1.0, temperature).unsqueeze(1)
     scores = apply_top_k_top_p(scores, rows(sampling_metadata.top_k), rows(sampling_metadata.top_p))
     return torch.where(greedy, best, choose(scores, noise.draft_keys(count)))
-
-
-def sample_with_noise(module: ModuleType) -> None:
-    """Touch `vllm.v1.worker.gpu_model_runner`: put the pass's `Noise` where the sampler looks for generators.
-
-    vLLM keeps one generator per seeded request and consumes it as it goes, so that a seeded request gives other tokens
-    with speculation than without (its documentation promises no more); noise by position needs a channel of its own.
-    """
-    rebind(module.GPUModelRunner, "_sample", _sample_with_noise)
-
-
-def verify_with_noise(module: ModuleType) -> None:
-    """Touch `vllm.v1.sample.rejection_sampler`: compare drafts with the target's choices where there is a `Noise`."""
-    rebind(module, "rejection_sample", _verify_with_noise)
-
-
-def draft_with_noise(module: ModuleType) -> None:
-    """Touch `vllm.v1.spec_decode.llm_base_proposer`: draft with the noise that the target will choose with."""
-    rebind(module.SpecDecodeBaseProposer, "_sample_draft_tokens", _draft_with_noise)

@@ -27,18 +27,18 @@ def check_fit(vllm_config: Any) -> None:
 def parts_in_use(vllm_config: Any) -> frozenset[str]:
     """Of `touches.PARTS`, those that this engine's configuration asks for; none where the plugin is not configured.
 
-    `weights` is asked for by the worker extension, and `sampling_cpu` where vLLM runs on CPU.
+    `weights` is asked for by the worker extension, `sampling_cpu` and `draws` where vLLM runs on CPU.
     """
     options = options_of(vllm_config)
     if options is None:
         return frozenset()
     parts = {"policy"}
     if options.verifier == "coupled":
-        parts.add("coupled")
+        parts.add("draws")
     if vllm_config.speculative_config is not None:
         parts.add("sampling")
         if vllm_config.device_config.device_type == "cpu":
-            parts.add("sampling_cpu")
+            parts |= {"sampling_cpu", "draws"}
         if is_self_drafter(vllm_config):
             parts.add("drafter_v2" if vllm_config.use_v2_model_runner else "drafter")
     extension = vllm_config.parallel_config.worker_extension_cls or ""

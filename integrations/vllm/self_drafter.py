@@ -26,6 +26,7 @@ from rollout_spec.integrations.vllm.hidden_states import offer
 from rollout_spec.integrations.vllm.metrics import set_aside
 from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
 from rollout_spec.integrations.vllm.refusals import check_layers, refuse
+from rollout_spec.sampling.verify import draw_from
 
 logger = logging.getLogger("rollout_spec")
 
@@ -182,7 +183,7 @@ class SelfDrafter(StockOrSelfDrafter):
         temperature = sampling_metadata.temperature
         greedy = temperature < _GREEDY
         q = (logits.float() / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
-        tokens = draw(q)
+        tokens = draw_from(q, torch.rand(len(q), dtype=torch.float64))
         return (tokens if sampling_metadata.all_random else torch.where(greedy, q.argmax(-1), tokens)), q
 
     def _checked(self, logits: Tensor) -> Tensor:
@@ -248,14 +249,3 @@ class SelfDrafter(StockOrSelfDrafter):
                 slot_mapping=self._get_slot_mapping(rows),
             ):
                 yield rows
-
-
-def draw(p: Tensor) -> Tensor:
-    """A token int64 [B] of each row of probabilities p float32 [B, V], by one uniform number.
-
-    It is the first whose cumulated probability, in float64, exceeds that number's share of the row's sum; so none that
-    has no probability.
-    """
-    reached = p.cumsum(-1, dtype=torch.float64)
-    at = torch.rand(len(p), 1, dtype=torch.float64) * reached[:, -1:]
-    return torch.searchsorted(reached, at, right=True)[:, 0]

@@ -17,7 +17,7 @@ PARTS = {
     "policy": "on, off and K of every step, in the scheduler",
     "sampling": "requests whose parameters vLLM refuses beside speculation",
     "sampling_cpu": "speculation at temperature > 0 on CPU (vllm#55005)",
-    "coupled": "coupled verification",
+    "draws": "coupled verification; on a CPU, draws by one random number",
     "hidden_states": "hidden states of the target, for training a drafter",
     "weights": "update_weights, the canary and plain passes",
 }
@@ -234,57 +234,60 @@ SAMPLING = (
     ),
 )
 
-COUPLED = (
+DRAWS = (
     touch(
-        "coupled", f"{_RUNNER}._sample", "self, logits, spec_decode_metadata", why="wrapped: noise of a pass"
+        "draws",
+        f"{_RUNNER}._sample",
+        "self, logits, spec_decode_metadata",
+        why="wrapped: what a pass draws with",
     ),
     touch(
-        "coupled",
+        "draws",
         "vllm.v1.sample.rejection_sampler:rejection_sample",
         "draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits, "
         "bonus_token_ids, sampling_metadata, ...",
-        why="wrapped: compares drafts with the target's choices",
+        why="wrapped: verifies drafts otherwise",
     ),
     touch(
-        "coupled",
+        "draws",
         "vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
         "self, metadata, draft_probs, logits, sampling_metadata",
         why="processes the logits that are verified",
     ),
     touch(
-        "coupled",
+        "draws",
         "vllm.v1.sample.sampler:Sampler",
         ("topk_topp_sampler",),
-        why="stood in for, so that plain and bonus rows draw with our noise",
+        why="stood in for, so that plain and bonus rows are drawn otherwise",
     ),
     touch(
-        "coupled",
+        "draws",
         "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native",
         "self, logits, generators, k, p",
         why="stood in for",
     ),
     touch(
-        "coupled",
+        "draws",
         "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
         "logits, k, p, ...",
-        why="cuts the drafter's distribution as the target's",
+        why="cuts distributions, the drafter's as the target's",
     ),
     touch(
-        "coupled",
+        "draws",
         "vllm.v1.sample.metadata:SamplingMetadata",
-        ("all_greedy", "generators", "temperature", "top_k", "top_p"),
-        why="carries the noise in place of generators",
+        ("all_greedy", "all_random", "generators", "temperature", "top_k", "top_p"),
+        why="carries what draws in place of generators",
     ),
     touch(
-        "coupled",
+        "draws",
         "vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
         ("cu_num_draft_tokens", "num_draft_tokens"),
         why="which rows are verified",
     ),
     touch(
-        "coupled",
+        "draws",
         _RUNNER,
-        ("input_batch", "positions", "query_start_loc", "requests", "sampler"),
+        ("device", "input_batch", "positions", "query_start_loc", "requests", "sampler"),
         why="request and position of every row",
     ),
 )
@@ -369,4 +372,4 @@ WEIGHTS = (
     ),
 )
 
-TOUCHES = (*DRAFTER, *MARLIN, *DRAFTER_V2, *POLICY, *SAMPLING, *COUPLED, *HIDDEN_STATES, *WEIGHTS)
+TOUCHES = (*DRAFTER, *MARLIN, *DRAFTER_V2, *POLICY, *SAMPLING, *DRAWS, *HIDDEN_STATES, *WEIGHTS)

@@ -255,7 +255,7 @@ def verify_rejection(
     use_residual = (accepted < lengths)[:, None] & (residual.sum(-1, keepdim=True) > 0)
     weights = torch.where(use_residual, residual, p)
     key = _at(keys, accepted).unsqueeze(1)
-    following = _by_rows(_invert, weights[:, None], uniform(key, Stream.RESIDUAL))
+    following = draw_from(weights, uniform(key, Stream.RESIDUAL).squeeze(1)).unsqueeze(1)
 
     tokens = torch.cat([index, following], 1)
     tokens.scatter_(1, accepted.unsqueeze(1), following)
@@ -300,19 +300,29 @@ def _at(x: Tensor, column: Tensor) -> Tensor:
     return x.gather(1, column.unsqueeze(1)).squeeze(1)
 
 
+def draw_from(weights: Tensor, u: Tensor) -> Tensor:
+    """Token i of a row with probability weights[i] / sum, int64 [R], by inverting the distribution function in float64.
+
+    Args:
+        weights: float32 [R, V], at least 0.
+        u: float64 [R], uniform in [0, 1).
+
+    A token of weight zero is never returned: where rounding would pick one (a parallel scan need not be monotone), the
+    heaviest is.
+    """
+    return _by_rows(_invert, weights, u)
+
+
 def _draw(logits: Tensor, u: Tensor) -> Tensor:
     return _by_rows(lambda rows, u_rows: _invert(rows.softmax(-1), u_rows), logits, u)
 
 
 def _invert(weights: Tensor, u: Tensor) -> Tensor:
-    """Token i with probability weights[i] / sum, by inverting the distribution function in float64.
-
-    weights float32 [R, V] >= 0, u float64 [R] in (0, 1); returns int64 [R]. A token of weight zero is never
-    returned: where rounding would pick one (a parallel scan need not be monotone), the heaviest is.
-    """
     cdf = weights.cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(cdf, u.unsqueeze(-1) * cdf[:, -1:], right=True).clamp_max_(
         weights.shape[-1] - 1
     )
     picked = weights.gather(-1, token) > 0
+    if picked.is_cpu and picked.all():
+        return token.squeeze(-1)
     return torch.where(picked, token, weights.argmax(-1, keepdim=True)).squeeze(-1)

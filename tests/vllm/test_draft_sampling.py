@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from vllm.v1.spec_decode.llm_base_proposer import compute_probs_and_sample_next_token
 
-from rollout_spec.integrations.vllm.self_drafter import SelfDrafter, draw
+from rollout_spec.integrations.vllm.self_drafter import SelfDrafter
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(60)]
 
@@ -33,29 +33,6 @@ def drafter() -> SelfDrafter:
     made.device = torch.device("cpu")
     made._enable_probabilistic_draft_probs = True
     return made
-
-
-def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
-    torch.manual_seed(0)
-    p = torch.tensor([0.0, 0.3, 0.0, 0.05, 0.45, 0.2, 0.0])
-    counts = torch.bincount(draw(p.expand(SAMPLES, -1)), minlength=7)
-    assert counts[p == 0].sum() == 0
-    assert chisquare(counts[p > 0], p[p > 0].double() / p.double().sum() * SAMPLES).pvalue > 1e-3
-    assert chisquare(counts[p > 0], torch.full((4,), SAMPLES / 4)).pvalue < 1e-9  # it would see
-
-
-@pytest.mark.parametrize("last", [0, 4])
-def test_the_ends_of_a_row_can_be_drawn_and_nothing_behind_them(last: int) -> None:
-    p = torch.zeros(1000, 5)
-    p[:, last] = 0.3  # sums need not be one
-    assert (draw(p) == last).all()
-
-
-@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
-def test_extreme_numbers_stay_within_what_is_probable(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *size, dtype: torch.full(size, number, dtype=dtype))
-    p = torch.tensor([[0.0, 0.25, 0.5, 0.25, 0.0], [0.0, 0.1, 0.1, 0.1, 0.0]])
-    assert draw(p).tolist() == [1 if number == 0 else 3] * 2
 
 
 def test_q_is_vllms_and_drafts_come_from_it(drafter: SelfDrafter) -> None:
