@@ -244,7 +244,7 @@ class AutomaticPolicy(SpeculationPolicy):
         plain_seconds = self.costs.target(batch, batch, context)
         forecast = plan.forecast
         if not same or len(self._weights) != batch:
-            self._slots, forecast = state.slots, None
+            self._held, self._slots, forecast = 0, state.slots, None
             self._value_of_tokens(state, context, plain_seconds)
         if matched and 0 < plain_seconds < math.inf:
             chosen = Round(self, state, self._weights, room, found, context, plain_seconds).candidate(HISTORY)

@@ -335,6 +335,15 @@ def test_of_other_sequences_than_were_planned_for_nothing_old_is_kept():
     assert made.revise(plan, other).forecast is not plan.forecast
 
 
+def test_a_plan_of_somebody_elses_for_other_sequences_ends_what_was_held():
+    """As when the costs of a batch have just been measured, by plans that were not this policy's."""
+    made = policy(behind_history=False)
+    assert made.plan(state(2)).drafter == "nf4"
+    crowd = state(4, matches=matching(0, 0, 0, 0))
+    assert not made.revise(Plan.plain(4, Reason.EXPLORE), crowd).speculates
+    assert made.plan(crowd).draft_lengths.shape == (4,)
+
+
 @pytest.mark.parametrize("why", ["drafted", "probe", "resting"])
 def test_what_is_not_historys_to_decide_is_left(why):
     made = policy(probe_share=1.0 if why == "probe" else 0.0)
