@@ -99,7 +99,25 @@ class DrafterForward:
         return torch.cat((q.expand(self._spec.num_heads, -1), k.expand(self._spec.num_kv_heads, -1)))
 
 
+class _Biased:
+    """A quantized linear whose bias vLLM holds; see `models.linear.Linear`."""
+
+    row_invariant, min_rows = False, 1  # which nobody asks of a drafter
+
+    def __init__(self, multiply: Linear, bias: Tensor) -> None:
+        self._multiply, self._bias = multiply, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._multiply(x).add_(self._bias)
+
+    def dense(self) -> Tensor:
+        return self._multiply.dense()
+
+    def for_kernels(self) -> None:
+        """None adds a bias to such a product."""
+
+
 def _linear(layer: Any) -> Linear:
     """What a linear layer of vLLM multiplies with, and adds."""
-    multiply, bias = layer.quantized, layer.bias
-    return cast(Linear, multiply if bias is None else lambda x: multiply(x).add_(bias))
+    multiply: Linear = layer.quantized
+    return multiply if layer.bias is None else _Biased(multiply, layer.bias)

@@ -1,5 +1,5 @@
-// A decoder layer in one call: what the other kernels do one after the other, to the bit, without a way back to the
-// caller in between, which for few rows takes as long as many of them.
+// A decoder layer in one call, or in two around attention that is somebody else's: what the other kernels do one after
+// the other, to the bit, without a way back to the caller in between, which for few rows takes as long as many of them.
 #include "kernels.h"
 
 namespace {
@@ -17,7 +17,8 @@ struct Layer {
     Linear qkv, o, gate_up, down;
 };
 
-// What all layers of a pass share: the arguments of the kernels by these names.
+// What all layers of a pass share: the arguments of the kernels by these names; those of the cache are not read by the
+// parts of a layer.
 struct Pass {
     int64_t is_bf16, rows, hidden, heads, kv_heads, head_dim, block_size, head_stride, width, threads;
     double eps;
@@ -46,32 +47,26 @@ struct Pass {
 
 }  // namespace
 
-// Bytes of `scratch`.
+// Bytes of `scratch`, of which the parts of a layer need less.
 EXPORT int64_t decoder_layer_scratch(const Layer* layer, const Pass* pass) {
     return 2 * pass->bytes(pass->hidden) + pass->bytes(layer->qkv.n) + pass->bytes(layer->o.k) +
            pass->bytes(layer->gate_up.n) + pass->bytes(layer->down.k);
 }
 
-// x [rows, hidden], the residual stream, in place; keys and values are the layer's cache.
-EXPORT void decoder_layer(const Layer* layer, const Pass* pass, void* x, void* keys, void* values, char* scratch) {
+// What comes before attention: qkv [rows, heads + 2 * kv_heads, head_dim] of x [rows, hidden], normed and rotated.
+EXPORT void decoder_layer_before(const Layer* layer, const Pass* pass, const void* x, void* qkv, char* scratch) {
     const Pass& p = *pass;
-    auto room = [&](int64_t features) {
-        char* own = scratch;
-        scratch += p.bytes(features);
-        return own;
-    };
-    char *normed = room(p.hidden), *added = room(p.hidden), *qkv = room(layer->qkv.n), *attended = room(layer->o.k);
-    char *gate_up = room(layer->gate_up.n), *gated = room(layer->down.k);
-    int64_t rotated = p.heads + p.kv_heads, stride = layer->qkv.n, head = p.head_dim * p.size();
+    rms_norm(p.is_bf16, x, layer->input_norm, p.rows, p.hidden, p.eps, scratch, p.threads);
+    p.multiply(layer->qkv, scratch, qkv);
+    norm_rotate(p.is_bf16, qkv, layer->qkv.n, layer->qk_norm, p.cosine, p.signed_sine, p.rows, p.heads + p.kv_heads,
+                p.head_dim, p.eps, p.threads);
+}
 
-    rms_norm(p.is_bf16, x, layer->input_norm, p.rows, p.hidden, p.eps, normed, p.threads);
-    p.multiply(layer->qkv, normed, qkv);
-    norm_rotate(p.is_bf16, qkv, stride, layer->qk_norm, p.cosine, p.signed_sine, p.rows, rotated, p.head_dim, p.eps,
-                p.threads);
-    store_entries(p.size(), qkv + p.heads * head, stride, qkv + rotated * head, stride, p.cache_rows, p.rows,
-                  p.kv_heads, p.head_dim, keys, values);
-    attention(p.is_bf16, qkv, stride, keys, values, p.head_stride, p.block_size, p.head_dim, p.heads, p.kv_heads,
-              p.tables, p.width, p.sequences, p.first, p.last, p.rows, attended, p.threads);
+// What follows it: x, in place, from attended [rows, heads * head_dim].
+EXPORT void decoder_layer_after(const Layer* layer, const Pass* pass, void* x, const void* attended, char* scratch) {
+    const Pass& p = *pass;
+    char *normed = scratch, *added = normed + p.bytes(p.hidden), *gate_up = added + p.bytes(p.hidden);
+    char* gated = gate_up + p.bytes(layer->gate_up.n);
     p.multiply(layer->o, attended, added);
     p.add(x, added);
     rms_norm(p.is_bf16, x, layer->post_norm, p.rows, p.hidden, p.eps, normed, p.threads);
@@ -79,4 +74,18 @@ EXPORT void decoder_layer(const Layer* layer, const Pass* pass, void* x, void* k
     gated_silu(p.is_bf16, gate_up, p.rows, layer->down.k, gated, p.threads);
     p.multiply(layer->down, gated, added);
     p.add(x, added);
+}
+
+// x [rows, hidden], the residual stream, in place; keys and values are the layer's cache.
+EXPORT void decoder_layer(const Layer* layer, const Pass* pass, void* x, void* keys, void* values, char* scratch) {
+    const Pass& p = *pass;
+    char *qkv = scratch, *attended = qkv + p.bytes(layer->qkv.n), *rest = attended + p.bytes(layer->o.k);
+    int64_t rotated = p.heads + p.kv_heads, stride = layer->qkv.n, head = p.head_dim * p.size();
+
+    decoder_layer_before(layer, pass, x, qkv, rest);
+    store_entries(p.size(), qkv + p.heads * head, stride, qkv + rotated * head, stride, p.cache_rows, p.rows,
+                  p.kv_heads, p.head_dim, keys, values);
+    attention(p.is_bf16, qkv, stride, keys, values, p.head_stride, p.block_size, p.head_dim, p.heads, p.kv_heads,
+              p.tables, p.width, p.sequences, p.first, p.last, p.rows, attended, p.threads);
+    decoder_layer_after(layer, pass, x, attended, rest);
 }

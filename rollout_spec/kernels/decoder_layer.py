@@ -1,4 +1,4 @@
-"""A decoder layer in one call of the kernels: `decoder_layer.cpp`.
+"""A decoder layer in one call of the kernels, or in two around attention: `decoder_layer.cpp`.
 
 For few rows the way from one kernel to the next through Python takes longer than most of them.
 """
@@ -6,6 +6,7 @@ For few rows the way from one kernel to the next through Python takes longer tha
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -120,44 +121,99 @@ class PagedRows:
     last: Tensor
 
 
-class LayersInOneCall:
+class _Layers:
     """The layers of one pass: what the methods of `Kernels` do one by one, to the bit.
 
     Args:
+        kernels: What computes them.
         x: `[R, H]`, float32 or bfloat16: the residual stream, written in place.
-        heads: Query heads.
+        heads: Of queries, and of keys, and the size of one.
         cosine, signed_sine, eps: As in `Kernels.norm_rotate`.
-        at: The rows' places.
+        at: The rows' places in a paged cache, if it is read here.
     """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        x: Tensor,
+        heads: tuple[int, int, int],
+        cosine: Tensor,
+        signed_sine: Tensor,
+        eps: float,
+        at: PagedRows | None,
+    ) -> None:
+        rows, hidden = x.shape
+        cache, places = (0, 0, 0), ()
+        if at is not None:
+            blocks, block_size = at.keys.shape[2:4]
+            cache = block_size, blocks * block_size * heads[2], at.tables.shape[1]
+            places = at.cache_rows, at.tables, at.sequences, at.first, at.last
+        assert all(t.is_contiguous() for t in (x, cosine, signed_sine, *places))
+        assert all(t.dtype == x.dtype for t in (cosine, signed_sine))
+        assert all(t.dtype == torch.int64 for t in places)
+        self._kernels, self._x = kernels, x
+        self._held = cosine, signed_sine, at
+        self._pass = _Pass(
+            x.dtype == torch.bfloat16, rows, hidden, *heads, *cache, torch.get_num_threads(), eps,
+            *map(_address, (cosine, signed_sine, *places)),
+        )  # fmt: skip
+        self._here, self._scratch = ctypes.addressof(self._pass), 0
+
+    def _checked(self, layer: KernelLayer) -> ctypes.CDLL:
+        assert layer.dtype == self._x.dtype and layer.kernels is self._kernels
+        library = self._kernels.library
+        if not self._scratch:
+            size = library.decoder_layer_scratch(layer.address, self._here)
+            self._room = torch.empty(size, dtype=torch.uint8)
+            self._scratch = self._room.data_ptr()
+        return library
+
+
+class LayersInOneCall(_Layers):
+    """With attention over a paged cache, the rows being `at` these places of it."""
 
     def __init__(
         self, x: Tensor, heads: int, cosine: Tensor, signed_sine: Tensor, eps: float, at: PagedRows
     ) -> None:
-        rows, hidden = x.shape
-        _, kv_heads, blocks, block_size, head_dim = at.keys.shape
-        places = at.cache_rows, at.tables, at.sequences, at.first, at.last
-        assert all(t.is_contiguous() for t in (x, cosine, signed_sine, at.keys, at.values, *places))
-        assert all(t.dtype == x.dtype for t in (at.keys, at.values, cosine, signed_sine))
-        assert all(t.dtype == torch.int64 for t in places) and len(at.first) == rows
-        self._dtype, self._kernels = x.dtype, at.kernels
-        self._held = x, cosine, signed_sine, at
-        self._pass = _Pass(
-            x.dtype == torch.bfloat16, rows, hidden, heads, kv_heads, head_dim, block_size,
-            blocks * block_size * head_dim, at.tables.shape[1], torch.get_num_threads(), eps,
-            *map(_address, (cosine, signed_sine, *places)),
-        )  # fmt: skip
-        self._x, self._here = x.data_ptr(), ctypes.addressof(self._pass)
-        self._keys, self._values, self._stride = at.keys.data_ptr(), at.values.data_ptr(), at.keys[0].nbytes
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        keys, values = at.keys, at.values
+        assert all(t.is_contiguous() and t.dtype == x.dtype for t in (keys, values)) and len(at.first) == len(x)
+        super().__init__(
+            at.kernels, x, (heads, keys.shape[1], keys.shape[-1]), cosine, signed_sine, eps, at
+        )
+        self._keys, self._values, self._stride = keys.data_ptr(), values.data_ptr(), keys[0].nbytes
 
     def __call__(self, index: int, layer: KernelLayer) -> None:
         """Compute the layer, whose part of the cache is `index`."""
-        assert layer.dtype == self._dtype and layer.kernels is self._kernels
-        library = self._kernels.library
-        if not self._scratch.numel():
-            size = library.decoder_layer_scratch(layer.address, self._here)
-            self._scratch = torch.empty(size, dtype=torch.uint8)
-        own = index * self._stride
+        library, own = self._checked(layer), index * self._stride
         library.decoder_layer(
-            layer.address, self._here, self._x, self._keys + own, self._values + own, self._scratch.data_ptr()
+            layer.address, self._here, self._x.data_ptr(), self._keys + own, self._values + own, self._scratch
+        )
+
+
+class LayersAroundAttention(_Layers):
+    """In two calls, with attention in between by `attend`, see `models.decoder.Attend`."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        x: Tensor,
+        heads: tuple[int, int, int],
+        cosine: Tensor,
+        signed_sine: Tensor,
+        eps: float,
+        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    ) -> None:
+        super().__init__(kernels, x, heads, cosine, signed_sine, eps, None)
+        self._attend = attend
+        queries, keys, size = heads
+        self._shape, self._split = (len(x), queries + 2 * keys, size), (queries, keys, keys)
+
+    def __call__(self, index: int, layer: KernelLayer) -> None:
+        """Compute the layer, the `index`-th of the pass."""
+        library, x = self._checked(layer), self._x
+        qkv = torch.empty(self._shape, dtype=x.dtype)
+        library.decoder_layer_before(layer.address, self._here, x.data_ptr(), qkv.data_ptr(), self._scratch)
+        attended = self._attend(index, *qkv.split(self._split, 1)).contiguous()
+        library.decoder_layer_after(
+            layer.address, self._here, x.data_ptr(), attended.data_ptr(), self._scratch
         )

@@ -45,6 +45,8 @@ _SIGNATURES = {
     "race": ([_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT], None),
     "decoder_layer_scratch": ([_POINTER, _POINTER], _SIZE),
     "decoder_layer": ([*[_POINTER] * 6], None),
+    "decoder_layer_before": ([*[_POINTER] * 5], None),
+    "decoder_layer_after": ([*[_POINTER] * 5], None),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rollout_spec.kernels.decoder_layer import KernelLayer, LayersInOneCall, PagedRows
+from rollout_spec.kernels.decoder_layer import KernelLayer, LayersAroundAttention, LayersInOneCall
 from rollout_spec.models.elementwise import gated_silu, norm, norm_rotate
 from rollout_spec.models.linear import Linear
 from rollout_spec.models.rope import RotaryTable
@@ -23,7 +23,7 @@ from rollout_spec.models.spec import ModelSpec
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q[R, Hq, hd], k[R, Hkv, hd], v[R, Hkv, hd]) -> [R, Hq * hd]; k is rotated, v is a strided view.
 
-If it has an attribute `paged` that is not None, a layer of kernels may do without calling it.
+If it has an attribute `paged` that is not None, a `PagedRows`, a layer of kernels does without calling it.
 """
 
 
@@ -88,7 +88,7 @@ class Decoder:
 
         cos, signed_sin = self.rope(positions)
         x = F.embedding(token_ids, weights.embed)
-        together = self._in_one_call(x, cos, signed_sin, getattr(attend, "paged", None))
+        together = self._layers(x, cos, signed_sin, attend)
         for index, layer in enumerate(weights.layers):
             if tap is not None:
                 tap(index, x)
@@ -103,12 +103,20 @@ class Decoder:
             tap(spec.num_layers, x)
         return norm(x, weights.final_norm, eps)
 
-    def _in_one_call(
-        self, x: Tensor, cos: Tensor, signed_sin: Tensor, paged: PagedRows | None
-    ) -> LayersInOneCall | None:
-        if paged is None or not len(x):
+    def _layers(
+        self, x: Tensor, cos: Tensor, signed_sin: Tensor, attend: Attend
+    ) -> LayersInOneCall | LayersAroundAttention | None:
+        """What computes layers of kernels in fewer calls, on a CPU."""
+        spec, paged = self.spec, getattr(attend, "paged", None)
+        if not x.is_cpu or not len(x):
             return None
-        return LayersInOneCall(x, self.spec.num_heads, cos, signed_sin, self.spec.rms_norm_eps, paged)
+        if paged is not None:
+            return LayersInOneCall(x, spec.num_heads, cos, signed_sin, spec.rms_norm_eps, paged)
+        first = self.weights.layers[0].for_kernels
+        if first is None or first.dtype != x.dtype:
+            return None
+        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        return LayersAroundAttention(first.kernels, x, heads, cos, signed_sin, spec.rms_norm_eps, attend)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32[R, padded vocabulary] logits of hidden[R, H]; columns past the vocabulary are -inf."""

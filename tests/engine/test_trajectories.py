@@ -106,7 +106,7 @@ def test_layers_in_one_call_change_no_bit(monkeypatch):
     for model in (weights.target, weights.drafter.model):
         assert all(layer.for_kernels in calls for layer in model.weights.layers)
     monkeypatch.setattr(LayersInOneCall, "__call__", lambda *_: pytest.fail("a layer in one call"))
-    monkeypatch.setattr(Decoder, "_in_one_call", lambda *_: None)
+    monkeypatch.setattr(Decoder, "_layers", lambda *_: None)
     assert rollouts(engine, Fixed(4), 1.0, [0]) == together
 
 

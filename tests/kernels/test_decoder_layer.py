@@ -1,4 +1,4 @@
-"""A layer in one call is the kernels one by one, to the bit."""
+"""A layer in one call, or in two around attention, is the kernels one by one, to the bit."""
 
 from itertools import pairwise
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rollout_spec.drafters.quantizers.kernel import KernelQuantizedLinear
-from rollout_spec.kernels.decoder_layer import LayersInOneCall, PagedRows
+from rollout_spec.kernels.decoder_layer import LayersAroundAttention, LayersInOneCall, PagedRows
 from rollout_spec.models.decoder import LayerWeights
 from rollout_spec.models.linear import KernelLinear, PlainLinear
 
@@ -64,6 +64,20 @@ class Batch:
         for index, layer in enumerate(layers):
             run(index, layer.for_kernels)
 
+    def around_attention(self, layers):
+        """With the attention of a caller, who may hand back what is not contiguous."""
+        heads = HEADS, KV_HEADS, DIM
+
+        def attend(index, q, k, v):
+            keys, values = self.keys[index], self.values[index]
+            self.kernels.store_entries(k, v, self.cache_rows, keys, values)
+            seen = self.tables, self.sequences, self.first, self.last
+            return self.kernels.attention(q, keys, values, *seen).t().contiguous().t()
+
+        run = LayersAroundAttention(self.kernels, self.x, heads, self.cosine, self.sine, EPS, attend)
+        for index, layer in enumerate(layers):
+            run(index, layer.for_kernels)
+
     def one_by_one(self, layers):
         own, rotated = self.kernels, HEADS + KV_HEADS
         for index, layer in enumerate(layers):
@@ -81,23 +95,25 @@ class Batch:
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 @pytest.mark.parametrize("rows", [1, 3, 12])
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "qk-norm"])
-def test_it_is_the_kernels_one_by_one(kernels, threads, kind, dtype, rows, normed):
+@pytest.mark.parametrize("way", ["in_one_call", "around_attention"])
+def test_it_is_the_kernels_one_by_one(kernels, threads, kind, dtype, rows, normed, way):
     layers = [make_layer(kernels, kind, dtype, normed, kind == "bf16", 10 * n) for n in range(LAYERS)]
     found, expected = Batch(kernels, rows, dtype), Batch(kernels, rows, dtype)
     before = found.x.clone()
-    found.in_one_call(layers)
+    getattr(found, way)(layers)
     expected.one_by_one(layers)
     assert found.x.isfinite().all() and not torch.equal(found.x, before)
     for name in ("x", "keys", "values"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-def test_layers_are_not_confused(kernels):
+@pytest.mark.parametrize("way", ["in_one_call", "around_attention"])
+def test_layers_are_not_confused(kernels, way):
     layers = [make_layer(kernels, "bf16", torch.bfloat16, True, False, 10 * n) for n in range(LAYERS)]
     outputs = []
     for order in (layers, layers[::-1]):
         batch = Batch(kernels, 3, torch.bfloat16)
-        batch.in_one_call(order)
+        getattr(batch, way)(order)
         outputs.append(batch.x)
     assert not any(torch.equal(a, b) for a, b in pairwise(outputs))
 

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from rollout_spec.integrations.vllm import drafter_forward
 from rollout_spec.integrations.vllm.arguments import llm_arguments
+from rollout_spec.kernels.decoder_layer import LayersAroundAttention
 from rollout_spec.kernels.library import kernels
+from rollout_spec.models.decoder import Decoder
 from tests.vllm.conftest import POLICY, Engine, Engines, prompts
 
 pytest.importorskip("vllm")
@@ -96,6 +98,22 @@ def test_it_computes_what_vllm_computes(
     calls = own_calls(engine, monkeypatch)
     engine.generate(prompts(3), 24)
     assert set(calls) <= {1, 2, 3} and len(calls) > 4  # what drafts is the decoder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_around_attention_change_no_bit(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    calls: list[int] = []
+    run = LayersAroundAttention.__call__
+    monkeypatch.setattr(LayersAroundAttention, "__call__", lambda *a: (calls.append(a[1]), run(*a))[1])
+    engine = engines(**llm_arguments(POLICY, {"drafter": "nf4"}) | {"dtype": dtype})
+    calls.clear()
+    tokens = prompts(1, 150)[0]
+    around = scores(engine, tokens)
+    assert sorted(set(calls)) == list(range(len(engine.drafter.model.model.layers)))
+    monkeypatch.setattr(Decoder, "_layers", lambda *_: None)
+    assert torch.equal(scores(engine, tokens), around)
 
 
 def test_it_follows_an_update(engines: Engines, tmp_path: Path) -> None:
