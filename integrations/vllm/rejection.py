@@ -76,7 +76,9 @@ def verify(
     accepted = agrees.cumprod(1).sum(1)
     following, more = bonus.to(torch.int64), accepted < drafted
     row = (starts + accepted)[more]
-    following[more, 0] = _instead(target_logits[row], index[row], proposed[row], draft_probs, row, greedy[more])
+    following[more, 0] = _instead(
+        target_logits[row], index[row], proposed[row], draft_probs, row, greedy[more]
+    )
     tokens.scatter_(1, accepted[:, None], following)
     return torch.where(torch.arange(width) <= accepted[:, None], tokens, -1).to(torch.int32)
 

@@ -143,7 +143,8 @@ class _Layers:
         at: PagedRows | None,
     ) -> None:
         rows, hidden = x.shape
-        cache, places = (0, 0, 0), ()
+        cache: tuple[int, int, int] = (0, 0, 0)
+        places: tuple[Tensor, ...] = ()
         if at is not None:
             blocks, block_size = at.keys.shape[2:4]
             cache = block_size, blocks * block_size * heads[2], at.tables.shape[1]
@@ -176,10 +177,9 @@ class LayersInOneCall(_Layers):
         self, x: Tensor, heads: int, cosine: Tensor, signed_sine: Tensor, eps: float, at: PagedRows
     ) -> None:
         keys, values = at.keys, at.values
-        assert all(t.is_contiguous() and t.dtype == x.dtype for t in (keys, values)) and len(at.first) == len(x)
-        super().__init__(
-            at.kernels, x, (heads, keys.shape[1], keys.shape[-1]), cosine, signed_sine, eps, at
-        )
+        assert all(t.is_contiguous() and t.dtype == x.dtype for t in (keys, values))
+        assert len(at.first) == len(x)
+        super().__init__(at.kernels, x, (heads, keys.shape[1], keys.shape[-1]), cosine, signed_sine, eps, at)
         self._keys, self._values, self._stride = keys.data_ptr(), values.data_ptr(), keys[0].nbytes
 
     def __call__(self, index: int, layer: KernelLayer) -> None:

@@ -30,7 +30,9 @@ def test_the_ends_of_a_row_can_be_drawn_and_nothing_behind_them(last: int) -> No
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
 def test_extreme_numbers_stay_within_what_weighs(number: float) -> None:
-    weights = torch.tensor([[0.0, 0.25, 0.5, 0.25, 0.0], [0.0, 0.1, 0.1, 0.1, 0.0], [0.0, 0.7, 0.7, 0.7, 0.0]])
+    weights = torch.tensor(
+        [[0.0, 0.25, 0.5, 0.25, 0.0], [0.0, 0.1, 0.1, 0.1, 0.0], [0.0, 0.7, 0.7, 0.7, 0.0]]
+    )
     u = torch.full((3,), number, dtype=torch.float64)
     assert draw_from(weights, u).tolist() == [1 if number == 0 else 3] * 3
 

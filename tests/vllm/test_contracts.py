@@ -211,7 +211,7 @@ def test_what_is_gone_is_named(tmp_path):
 def test_a_part_that_does_not_fit_is_refused_by_name(tmp_path):
     rows = (
         touch("drafter", AT, "self, count", why="overridden"),
-        touch("coupled", "vllm.deep.module:chosen", "a", why="wrapped"),
+        touch("draws", "vllm.deep.module:chosen", "a", why="wrapped"),
         touch("policy", "vllm.deep.module:", ("chosen",), why="called"),
     )
     source = small(tmp_path)
@@ -220,7 +220,7 @@ def test_a_part_that_does_not_fit_is_refused_by_name(tmp_path):
         RolloutSpecError, match=r"(?s)vLLM 9\.9 does not fit.*drafter: .*Proposer\.propose"
     ) as caught:
         require(source, rows, ["policy", "drafter"])
-    assert "coupled" not in str(caught.value)
+    assert "draws" not in str(caught.value)
 
 
 def test_every_row_names_a_part_and_a_module_of_vllm():
@@ -250,9 +250,9 @@ EXTENSION = SimpleNamespace(worker_extension_cls="rollout_spec.integrations.vllm
     [
         ({}, {"policy", "sampling", "drafter"}),
         ({"use_v2_model_runner": True}, {"policy", "sampling", "drafter_v2"}),
-        ({"device_config": SimpleNamespace(device_type="cpu")}, {"policy", "sampling", "sampling_cpu", "drafter"}),
+        ({"device_config": SimpleNamespace(device_type="cpu")}, {"policy", "sampling", "sampling_cpu", "draws", "drafter"}),
         ({"parallel_config": EXTENSION}, {"policy", "sampling", "drafter", "weights"}),
-        ({"speculative_config": None, "additional_config": {"rollout_spec": {"verifier": "coupled"}}}, {"policy", "coupled"}),
+        ({"speculative_config": None, "additional_config": {"rollout_spec": {"verifier": "coupled"}}}, {"policy", "draws"}),
         ({"additional_config": {}, "parallel_config": EXTENSION}, set()),
     ],
 )  # fmt: skip

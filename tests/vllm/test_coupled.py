@@ -28,7 +28,7 @@ from torch import Tensor
 from vllm import SamplingParams
 
 from rollout_spec.contracts import InvalidRequest
-from rollout_spec.integrations.vllm import coupled, sampling
+from rollout_spec.integrations.vllm import sampling
 from rollout_spec.integrations.vllm.coupled import EXTRA_ARG, Noise, NoiseSource, choose, verify
 from rollout_spec.requests import noise_key
 from rollout_spec.sampling.noise import fold, row_keys

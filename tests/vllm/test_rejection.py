@@ -24,7 +24,10 @@ SAMPLES, V = 30_000, 6
 
 def sampling(temperature: Tensor) -> SimpleNamespace:
     return SimpleNamespace(
-        temperature=temperature, all_greedy=False, all_random=bool((temperature > 0).all()), generators=Unseeded()
+        temperature=temperature,
+        all_greedy=False,
+        all_random=bool((temperature > 0).all()),
+        generators=Unseeded(),
     )
 
 
@@ -114,7 +117,9 @@ def test_a_draft_out_of_range_leaves_the_distribution(rows: tuple[Tensor, Tensor
 def test_where_p_and_q_agree_everything_is_accepted(rows: tuple[Tensor, Tensor]) -> None:
     logits, _ = rows
     emitted, drafts = repeated(logits, logits[:2].softmax(-1), logits[:2].softmax(-1))
-    assert (emitted[:, :2] == drafts).double().mean() > 0.9999 and (emitted[:, 2] >= 0).double().mean() > 0.9999
+    assert (emitted[:, :2] == drafts).double().mean() > 0.9999 and (
+        emitted[:, 2] >= 0
+    ).double().mean() > 0.9999
 
 
 def test_ragged_drafts_of_greedy_and_other_requests() -> None:
@@ -122,14 +127,35 @@ def test_ragged_drafts_of_greedy_and_other_requests() -> None:
     sure = torch.full((V, V), -1e4).fill_diagonal_(0.0)  # row i: token i, certainly
     lengths, temperature = [3, 0, 2, 1, 2], torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0])
     target = [1, 2, 3, 4, 5, 0, 1, 2]  # what each drafted row chooses
-    drafts = [1, 2, 0, 4, 5, 3, 1, 0]  # wrong in the third of the first, in the fourth's only, and in the last's second
+    drafts = [
+        1,
+        2,
+        0,
+        4,
+        5,
+        3,
+        1,
+        0,
+    ]  # wrong in the third of the first, in the fourth's only, and in the last's second
     bonus = torch.tensor([[5], [3], [2], [1], [4]])
     for given in (torch.full((8, V), 1 / V), None):
         emitted = verify(
-            torch.tensor(drafts, dtype=torch.int32), lengths, given, sure[target], bonus.int(), sampling(temperature), 4
+            torch.tensor(drafts, dtype=torch.int32),
+            lengths,
+            given,
+            sure[target],
+            bonus.int(),
+            sampling(temperature),
+            4,
         )
         assert emitted.dtype == torch.int32
-        assert emitted.tolist() == [[1, 2, 3, -1], [3, -1, -1, -1], [4, 5, 2, -1], [0, -1, -1, -1], [1, 2, -1, -1]]
+        assert emitted.tolist() == [
+            [1, 2, 3, -1],
+            [3, -1, -1, -1],
+            [4, 5, 2, -1],
+            [0, -1, -1, -1],
+            [1, 2, -1, -1],
+        ]
 
 
 @dataclass
