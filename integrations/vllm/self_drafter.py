@@ -21,6 +21,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from rollout_spec.integrations.vllm.coupled import GREEDY_BELOW
 from rollout_spec.integrations.vllm.drafter_forward import use_decoder
 from rollout_spec.integrations.vllm.hidden_states import offer
 from rollout_spec.integrations.vllm.metrics import set_aside
@@ -30,7 +31,6 @@ from rollout_spec.sampling.verify import draw_from
 
 logger = logging.getLogger("rollout_spec")
 
-_GREEDY = 1e-5  # a temperature below is none, as in vLLM
 PREFIX = "draft_model."  # vLLM's, of the names of a draft model's layers
 
 
@@ -181,7 +181,7 @@ class SelfDrafter(StockOrSelfDrafter):
         if self.device.type != "cpu" or sampling_metadata.all_greedy:
             return super()._sample_from_logits(logits, sampling_metadata)
         temperature = sampling_metadata.temperature
-        greedy = temperature < _GREEDY
+        greedy = temperature < GREEDY_BELOW
         q = (logits.float() / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
         tokens = draw_from(q, torch.rand(len(q), dtype=torch.float64))
         return (tokens if sampling_metadata.all_random else torch.where(greedy, q.argmax(-1), tokens)), q

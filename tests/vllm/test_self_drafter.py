@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +259,19 @@ class TestControl:
         dense.llm.reset_prefix_cache()
 
 
+class Instead:
+    """A linear that multiplies so; the kernels are none."""
+
+    def __init__(self, multiply: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._multiply = multiply
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._multiply(x)
+
+    def for_kernels(self) -> None:
+        return None
+
+
 class TestFailingDrafter:
     """A drafter that breaks is reported, and decoding goes on plainly."""
 
@@ -285,7 +298,7 @@ class TestFailingDrafter:
             y = healthy(x)
             return y * torch.nan if len(calls) > 10 else y
 
-        monkeypatch.setattr(layer, "quantized", breaking)
+        monkeypatch.setattr(layer, "quantized", Instead(breaking))
         assert engine.generate(SHORT, 64) == stock["short"]
         assert engine.drafter.set_aside == "its logits were not finite"
         assert engine.drafter.forwards <= 14
@@ -308,7 +321,7 @@ class TestFailingDrafter:
             seen.append(("before", finite()))
             wipe(*args)
 
-        monkeypatch.setattr(layer, "quantized", lambda x: healthy(x) * torch.nan)
+        monkeypatch.setattr(layer, "quantized", Instead(lambda x: healthy(x) * torch.nan))
         monkeypatch.setattr(engine.drafter, "propose", watched)
         monkeypatch.setattr(engine.drafter, "_wipe", wiping)
         engine.generate(SHORT, 4)
@@ -326,7 +339,7 @@ class TestFailingDrafter:
         def breaking(x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("no kernel")
 
-        monkeypatch.setattr(layer, "quantized", breaking)
+        monkeypatch.setattr(layer, "quantized", Instead(breaking))
         assert engine.generate(SHORT, 64) == stock["short"]
         assert engine.drafter.set_aside == "it raised RuntimeError: no kernel"
         assert [record.message for record in caplog.records if record.name == "rollout_spec"] == [
