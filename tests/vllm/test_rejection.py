@@ -158,6 +158,19 @@ def test_ragged_drafts_of_greedy_and_other_requests() -> None:
         ]
 
 
+def test_greedy_requests_among_others_take_the_likeliest() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(400, V)
+    best, temperature = logits.argmax(-1), torch.tensor([0.0, 1.0] * 200)
+    bonus = torch.zeros(400, 1, dtype=torch.int64)
+    for given in (torch.full((400, V), 1 / V), None):
+        right = verify(best, [1] * 400, given, logits, bonus, sampling(temperature), 2)
+        assert (right[::2] == torch.stack((best, bonus[:, 0]), 1)[::2]).all()
+        wrong = verify((best + 1) % V, [1] * 400, given, logits, bonus, sampling(temperature), 2)
+        assert (wrong[::2, 0] == best[::2]).all() and (wrong[::2, 1] == -1).all()
+        assert not (wrong[1::2, 0] == best[1::2]).all()
+
+
 @dataclass
 class SimpleMetadata:
     all_greedy: bool = False
