@@ -83,7 +83,8 @@ def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
         elif source is not None:
             generators = source.of_pass(self, spec_decode_metadata)
         elif self._rollout_spec_unseeded and not metadata.generators:
-            generators = Unseeded()
+            told = isinstance(metadata.generators, Unseeded)  # while the batch stays as it is
+            generators = None if told else Unseeded()
         if generators is not None:
             batch.sampling_metadata = replace(metadata, generators=generators)
         return original(self, logits, spec_decode_metadata)

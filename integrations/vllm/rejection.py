@@ -74,7 +74,7 @@ def verify(
     tokens[request, place] = index
     agrees[request, place] = (accepts & proposed).to(torch.int64)
     accepted = agrees.cumprod(1).sum(1)
-    following, more = bonus.to(torch.int64), accepted < drafted
+    following, more = bonus.to(torch.int64, copy=True), accepted < drafted
     row = (starts + accepted)[more]
     following[more, 0] = _instead(
         target_logits[row], index[row], proposed[row], draft_probs, row, greedy[more]

@@ -169,6 +169,7 @@ def test_greedy_requests_among_others_take_the_likeliest() -> None:
         wrong = verify((best + 1) % V, [1] * 400, given, logits, bonus, sampling(temperature), 2)
         assert (wrong[::2, 0] == best[::2]).all() and (wrong[::2, 1] == -1).all()
         assert not (wrong[1::2, 0] == best[1::2]).all()
+        assert not bonus.any()  # it is vLLM's
 
 
 @dataclass
@@ -246,6 +247,10 @@ class TestWhoDraws:
     )
     def test_elsewhere_vllm_draws(self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
         assert self.generators(monkeypatch, **changes) == ({}, False)
+
+    def test_a_batch_is_told_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        told = Unseeded()
+        assert self.generators(monkeypatch, metadata={"generators": told})[0] is told
 
     @pytest.mark.parametrize("metadata", [{"all_greedy": True}, {"generators": {0: torch.Generator()}}])
     def test_vllm_draws_for_seeds_and_nobody_for_greedy_requests(
