@@ -1,12 +1,27 @@
 // y = x W' + b for a bf16 weight that was packed once.
 //
-// A weight [n, k] is packed into panels of 16 outputs, [n/16, k/2, 16, 2]: one line of a panel holds two columns of
-// 16 rows. Missing rows and columns are zeros. Every output is one chain of multiply-adds in float32 in the order
-// of the columns, whichever rows, panels and threads share the work: its bits depend on its own row alone.
+// A weight [n, k] is packed into panels of 16 outputs, of which BF16_PANELS lie line by line beside each other,
+// [n/16/BF16_PANELS, k/2, BF16_PANELS, 16, 2]: a line holds two columns of 16 rows, and what is read of a weight is read
+// from its first byte to its last. Missing rows and columns are zeros. Every output is one chain of multiply-adds in
+// float32 in the order of the columns, whichever rows, panels and threads share the work: its bits depend on its own row
+// alone.
 #include "kernels.h"
 #include "layout.h"
 
 namespace {
+
+// Elements from a line of a panel to its next.
+constexpr int64_t STEP = 2 * PANEL * BF16_PANELS;
+
+// Lines that several tiles go through before any goes on: they find them in a cache, where the tiles before them have
+// fetched them, each its share.
+constexpr int64_t CHUNK = BF16_CHUNK / sizeof(bf16) / STEP;
+
+// A tile that is alone reads memory faster with the processor's own prefetching than with ours, which gives up at the
+// end of a page; so of the next page the beginning is fetched.
+constexpr int64_t PAGE = 4096 / sizeof(bf16) / STEP, BEGINNING = PAGE / 4;  // lines of a panel
+constexpr int SECOND_CACHE = 2;                                              // for __builtin_prefetch
+constexpr int64_t CACHE_LINE = 64;
 
 // The rows of x in tiles of nearly equal height, at most `most`.
 struct Tiling {
@@ -15,8 +30,6 @@ struct Tiling {
     int64_t start(int64_t tile) const { return tile * (rows / count) + least(tile, rows % count); }
     int64_t height(int64_t tile) const { return rows / count + (tile < rows % count); }
 };
-
-constexpr int64_t LINE = 2 * PANEL * sizeof(bf16);  // bytes
 
 // What one step of a dot product reads of a row: one column, or a pair of them.
 constexpr int64_t UNIT = 2 / LINE_PARTS;
@@ -36,29 +49,45 @@ constexpr int64_t UNIT = 2 / LINE_PARTS;
     }
 }
 
-// What to fetch while a panel is multiplied: from where, and how many bytes per line of the panel.
-struct Ahead {
-    const char* start;
-    int64_t step;
-};
+// Where a panel begins in the packed form of a weight with so many columns.
+int64_t first_line(int64_t panel, int64_t columns) {
+    return panel / BF16_PANELS * BF16_PANELS * PANEL * columns + panel % BF16_PANELS * 2 * PANEL;
+}
+
+// One line of every panel times ROWS rows.
+template <int ROWS, int PANELS>
+INLINE void line(const bf16* w, const bf16_operand* x, F16 (&sums)[ROWS][PANELS]) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PANELS; p++) {
+#pragma GCC unroll 2
+        for (int part = 0; part < LINE_PARTS; part++) {
+            LinePart weights = load_part(w + p * 2 * PANEL, part);
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; r++) sums[r][p] = dot(sums[r][p], weights, x + (part * ROWS + r) * UNIT);
+        }
+    }
+}
 
 template <int ROWS, int PANELS>
-INLINE void tile(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, Ahead ahead,
-                 F16 (&sums)[ROWS][PANELS]) {
-    for (int r = 0; r < ROWS; r++)
-        for (int p = 0; p < PANELS; p++) sums[r][p] = zeros();
-    for (int64_t i = 0; i < k; i += 2, w += 2 * PANEL, x += 2 * ROWS, ahead.start += ahead.step) {
+INLINE void lines_alone(const bf16* w, const bf16_operand* x, int64_t count, F16 (&sums)[ROWS][PANELS]) {
+    for (int64_t i = 0; i < count;) {
+        for (int64_t stop = least(i + BEGINNING, count); i < stop; i++, w += STEP, x += 2 * ROWS) {
 #pragma GCC unroll 4
-        for (int p = 0; p < PANELS; p++) {
-            const bf16* line = w + p * panel;
-            __builtin_prefetch(ahead.start + p * panel * sizeof(bf16), 0, 4 - fetch(PANELS).cache);
-#pragma GCC unroll 2
-            for (int part = 0; part < LINE_PARTS; part++) {
-                LinePart weights = load_part(line, part);
-#pragma GCC unroll 16
-                for (int r = 0; r < ROWS; r++) sums[r][p] = dot(sums[r][p], weights, x + (part * ROWS + r) * UNIT);
-            }
+            for (int p = 0; p < PANELS; p++) __builtin_prefetch(w + (PAGE * STEP + p * 2 * PANEL), 0, SECOND_CACHE);
+            line(w, x, sums);
         }
+        for (int64_t stop = least(i + PAGE - BEGINNING, count); i < stop; i++, w += STEP, x += 2 * ROWS) line(w, x, sums);
+    }
+}
+
+// `ahead` is fetched on the way, `step` bytes for every line of a panel.
+template <int ROWS, int PANELS>
+INLINE void lines_of_several(const bf16* w, const bf16_operand* x, int64_t count, const char* ahead, int64_t step,
+                             F16 (&sums)[ROWS][PANELS]) {
+    for (int64_t i = 0; i < count; i++, w += STEP, x += 2 * ROWS, ahead += step) {
+#pragma GCC unroll 2
+        for (int j = 0; j < BF16_PANELS / 2; j++) __builtin_prefetch(ahead + j * CACHE_LINE, 0, SECOND_CACHE);
+        line(w, x, sums);
     }
 }
 
@@ -79,49 +108,80 @@ struct Output {
     }
 };
 
-template <int ROWS, int PANELS>
-void rows_of_panels(const bf16* w, int64_t panel, const bf16_operand* x, int64_t k, Ahead ahead, int64_t row,
-                    int64_t column, const Output& out) {
+// What a tile does with a chunk of some panels.
+struct Work {
+    const bf16* w;          // the chunk's first line
+    const bf16_operand* x;  // the first row's, at its first column
+    int64_t columns, first, count;  // of the weight; lines before the chunk and in it
+    const char* ahead;
+    int64_t step;
+    float* kept;  // sums between chunks, [rows, BF16_PANELS, 16], at those of the tile
+    int64_t row, column;
+
+    bool starts() const { return first == 0; }
+    bool ends() const { return 2 * (first + count) == columns; }
+};
+
+template <bool ALONE, int ROWS, int PANELS>
+void rows_of_panels(const Work& work, const Output& out) {
     F16 sums[ROWS][PANELS];
-    tile<ROWS, PANELS>(w, panel, x + row * k, k, ahead, sums);
-    for (int r = 0; r < ROWS; r++)
-        for (int p = 0; p < PANELS; p++) out.write(sums[r][p], row + r, column + p * PANEL);
+    auto each = [&](auto use) {
+        for (int r = 0; r < ROWS; r++)
+            for (int p = 0; p < PANELS; p++) use(sums[r][p], r, p, work.kept + (r * BF16_PANELS + p) * PANEL);
+    };
+    if (work.starts()) each([](F16& sum, int, int, float*) { sum = zeros(); });
+    else each([](F16& sum, int, int, float* kept) { sum = load(kept); });
+    const bf16_operand* x = work.x + 2 * work.first * ROWS;
+    if (ALONE) lines_alone(work.w, x, work.count, sums);
+    else lines_of_several(work.w, x, work.count, work.ahead, work.step, sums);
+    if (!work.ends()) each([](F16& sum, int, int, float* kept) { store(kept, sum); });
+    else
+        each([&](F16& sum, int r, int p, float*) {
+            if (work.column + p * PANEL < out.n) out.write(sum, work.row + r, work.column + p * PANEL);
+        });
 }
 
-typedef void (*RowsOfPanels)(const bf16*, int64_t, const bf16_operand*, int64_t, Ahead, int64_t, int64_t,
-                             const Output&);
+typedef void (*RowsOfPanels)(const Work&, const Output&);
 
 template <int PANELS, int ROWS>
 struct Tiles {
-    static RowsOfPanels of(int64_t rows) {
-        return rows == ROWS ? rows_of_panels<ROWS, PANELS> : Tiles<PANELS, ROWS - 1>::of(rows);
+    static RowsOfPanels of(int64_t rows, bool alone) {
+        if (rows < ROWS) return Tiles<PANELS, ROWS - 1>::of(rows, alone);
+        return alone ? rows_of_panels<true, ROWS, PANELS> : rows_of_panels<false, ROWS, PANELS>;
     }
 };
 template <int PANELS>
 struct Tiles<PANELS, 0> {
-    static RowsOfPanels of(int64_t) { return nullptr; }
+    static RowsOfPanels of(int64_t, bool) { return nullptr; }
 };
 
-// All rows of one, two or four panels. A single tile fetches its own panels, some KiB ahead. Of several the first would
-// wait for memory and the others, which find the panels in the cache, leave it idle: each fetches its share of the next.
+// All rows times the BF16_PANELS panels that start at `w`, PANELS of them at a time; `kept` has room for their sums.
 template <int PANELS, int MOST>
-void panels_times_rows(const bf16* w, int64_t panel, const bf16_operand* x, const Tiling& tiling, int64_t k,
-                       int64_t column, const Output& out) {
-    int64_t count = tiling.count, bytes = panel * sizeof(bf16);
-    for (int64_t t = 0; t < count; t++) {
-        int64_t further = count > 1 ? PANELS * bytes + bytes * t / count : fetch(PANELS).ahead;
-        Ahead ahead = {(const char*)w + further, LINE / count};
-        Tiles<PANELS, MOST>::of(tiling.height(t))(w, panel, x, k, ahead, tiling.start(t), column, out);
+void panels_times_rows(const bf16* w, const bf16_operand* x, const Tiling& tiling, int64_t columns, int64_t column,
+                       float* kept, const Output& out) {
+    constexpr int64_t turns = BF16_PANELS / PANELS;
+    int64_t lines = columns / 2, tiles = tiling.count * turns, chunk = tiles == 1 ? lines : CHUNK;
+    int64_t bytes = chunk * STEP * sizeof(bf16);
+    for (int64_t first = 0; first < lines; first += chunk) {
+        const bf16* start = w + first * STEP;
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            int64_t t = tile / turns, p = tile % turns * PANELS, row = tiling.start(t);
+            const char* ahead = (const char*)start + bytes + bytes * tile / tiles;
+            Work work = {start + p * 2 * PANEL, x + row * columns, columns, first, least(chunk, lines - first),
+                         ahead, STEP * (int64_t)sizeof(bf16) / tiles,
+                         kept + (row * BF16_PANELS + p) * PANEL, row, column + p * PANEL};
+            Tiles<PANELS, MOST>::of(tiling.height(t), tiles == 1)(work, out);
+        }
     }
 }
 
 }  // namespace
 
 // Elements of the packed form of a weight [n, k].
-EXPORT int64_t bf16_packed_size(int64_t n, int64_t k) { return round_up(n, PANEL) * round_up(k, 2); }
+EXPORT int64_t bf16_packed_size(int64_t n, int64_t k) { return round_up(n, PANEL * BF16_PANELS) * round_up(k, 2); }
 
 EXPORT void bf16_pack(const bf16* weight, int64_t n, int64_t k, bf16* packed, int threads) {
-    int64_t panels = round_up(n, PANEL) / PANEL, padded = round_up(k, 2);
+    int64_t panels = round_up(n, PANEL * BF16_PANELS) / PANEL, padded = round_up(k, 2);
     prefer_large_pages(packed, bf16_packed_size(n, k) * sizeof(bf16));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -135,7 +195,8 @@ EXPORT void bf16_pack(const bf16* weight, int64_t n, int64_t k, bf16* packed, in
                     memcpy(rows + r * padded, source + r * k, k * sizeof(bf16));
                 source = rows;
             }
-            rows_to_lines((const uint32_t*)source, padded / 2, padded / 2, (uint32_t*)(packed + p * PANEL * padded));
+            rows_to_lines((const uint32_t*)source, padded / 2, padded / 2, (uint32_t*)(packed + first_line(p, padded)),
+                          BF16_PANELS);
         }
         free(rows);
     }
@@ -145,18 +206,15 @@ EXPORT void bf16_unpack(const bf16* packed, int64_t n, int64_t k, bf16* weight) 
     int64_t padded = round_up(k, 2);
     for (int64_t row = 0; row < n; row++)
         for (int64_t i = 0; i < k; i++)
-            weight[row * k + i] = packed[(row / PANEL * padded + i / 2 * 2) * PANEL + row % PANEL * 2 + i % 2];
+            weight[row * k + i] = packed[first_line(row / PANEL, padded) + i / 2 * STEP + row % PANEL * 2 + i % 2];
 }
 
 // x [m, k] and y [m, n] contiguous; bias [n] or null.
 EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf16* packed, const bf16* bias, bf16* y,
                         int threads) {
-    int64_t padded = round_up(k, 2), panel = PANEL * padded, panels = round_up(n, PANEL) / PANEL;
-    // few rows: several panels at a time, to have enough sums, and enough of the weights, under way
-    bool by_fours = m <= BF16_ROWS_OF_FOUR, by_pairs = m <= BF16_FEW_ROWS;
-    int64_t group = by_fours ? 4 : 2;  // those left over are multiplied two or one at a time, by the same tiles:
-    static_assert(BF16_ROWS_OF_FOUR <= BF16_ROWS_OF_PAIR && BF16_ROWS_OF_PAIR <= BF16_ROWS);
-    Tiling tiling(m, by_pairs ? BF16_ROWS_OF_PAIR : BF16_ROWS);
+    int64_t padded = round_up(k, 2), panels = round_up(n, PANEL) / PANEL;
+    bool few = m <= BF16_FEW_ROWS;
+    Tiling tiling(m, few ? BF16_FEW.rows : BF16_MANY.rows);
     bf16_operand* operands = allocate<bf16_operand>(m * padded);
     Output out = {y, bias, n};
     if (m * n * k < 1 << 16) threads = 1;
@@ -167,17 +225,13 @@ EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf
             int64_t row = tiling.start(t);
             interleave(x + row * k, k, padded, tiling.height(t), operands + row * padded);
         }
+        float* kept = allocate<float>(m * BF16_PANELS * PANEL);
+        auto run = few ? panels_times_rows<BF16_FEW.panels, BF16_FEW.rows>
+                       : panels_times_rows<BF16_MANY.panels, BF16_MANY.rows>;
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < panels; first += group) {
-            for (int64_t p = first, end = least(first + group, panels), next; p < end; p = next) {
-                const bf16* w = packed + p * panel;
-                next = p + (by_fours && end - p == 4 ? 4 : by_pairs && end - p >= 2 ? 2 : 1);
-                auto run = next - p == 4   ? panels_times_rows<4, BF16_ROWS_OF_FOUR>
-                           : next - p == 2 ? panels_times_rows<2, BF16_ROWS_OF_PAIR>
-                                           : panels_times_rows<1, BF16_ROWS>;
-                run(w, panel, operands, tiling, padded, p * PANEL, out);
-            }
-        }
+        for (int64_t p = 0; p < panels; p += BF16_PANELS)
+            run(packed + first_line(p, padded), operands, tiling, padded, p * PANEL, kept, out);
+        free(kept);
     }
     free(operands);
 }

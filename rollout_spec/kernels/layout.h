@@ -15,8 +15,8 @@ inline void prefer_large_pages(void* start, int64_t bytes) {
 #endif
 }
 
-// 8 rows of 8 words, `stride` words apart, to 8 lines of 16 words, whose first 8 are filled.
-inline void transpose_8x8(const uint32_t* rows, int64_t stride, uint32_t* lines) {
+// 8 rows of 8 words, `stride` words apart, to 8 lines of 16 words, `next` words apart, whose first 8 are filled.
+inline void transpose_8x8(const uint32_t* rows, int64_t stride, uint32_t* lines, int64_t next) {
     __m256i r[8], s[8];
     for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_si256((const __m256i*)(rows + i * stride));
     for (int i = 0; i < 8; i += 2) {
@@ -28,20 +28,20 @@ inline void transpose_8x8(const uint32_t* rows, int64_t stride, uint32_t* lines)
         r[i + 2] = _mm256_unpacklo_epi64(s[i + 1], s[i + 3]), r[i + 3] = _mm256_unpackhi_epi64(s[i + 1], s[i + 3]);
     }
     for (int i = 0; i < 4; i++) {
-        _mm256_storeu_si256((__m256i*)(lines + i * PANEL), _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
-        _mm256_storeu_si256((__m256i*)(lines + (i + 4) * PANEL), _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
+        _mm256_storeu_si256((__m256i*)(lines + i * next), _mm256_permute2x128_si256(r[i], r[i + 4], 0x20));
+        _mm256_storeu_si256((__m256i*)(lines + (i + 4) * next), _mm256_permute2x128_si256(r[i], r[i + 4], 0x31));
     }
 }
 
-// 16 rows of `count` words to `count` lines of 16 words.
-inline void rows_to_lines(const uint32_t* rows, int64_t stride, int64_t count, uint32_t* lines) {
-    int64_t i = 0;
+// 16 rows of `count` words to `count` lines of 16 words, each followed by the lines of `beside - 1` other sixteens.
+inline void rows_to_lines(const uint32_t* rows, int64_t stride, int64_t count, uint32_t* lines, int64_t beside = 1) {
+    int64_t i = 0, next = beside * PANEL;
     for (; i + 8 <= count; i += 8) {
-        transpose_8x8(rows + i, stride, lines + i * PANEL);
-        transpose_8x8(rows + 8 * stride + i, stride, lines + i * PANEL + 8);
+        transpose_8x8(rows + i, stride, lines + i * next, next);
+        transpose_8x8(rows + 8 * stride + i, stride, lines + i * next + 8, next);
     }
     for (; i < count; i++)
-        for (int64_t r = 0; r < PANEL; r++) lines[i * PANEL + r] = rows[r * stride + i];
+        for (int64_t r = 0; r < PANEL; r++) lines[i * next + r] = rows[r * stride + i];
 }
 
 // Four times eight 32-bit integers to bytes, saturated to [-128, 127].

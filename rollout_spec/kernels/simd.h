@@ -61,8 +61,8 @@ static T* allocate(int64_t count) {
     return (T*)aligned_alloc(64, round_up(count * sizeof(T) + 64, 64));
 }
 
-// How far ahead of itself a panel is fetched, in bytes, and into which cache, the first or the second.
-struct Fetch { int64_t ahead; int cache; };
+// Rows and panels that bf16 products compute at a time; their sums must find room in the registers.
+struct Tile { int rows, panels; };
 
 #if defined(EMULATE_AVX512)
 #include "simd_emulated.h"

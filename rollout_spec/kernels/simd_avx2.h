@@ -3,9 +3,9 @@
 
 typedef float bf16_operand;   // what bf16 weights are multiplied with
 typedef int16_t int8_operand;  // what 8-bit weights are multiplied with
-constexpr int BF16_ROWS = 6, BF16_ROWS_OF_PAIR = 3, BF16_FEW_ROWS = 4, BF16_ROWS_OF_FOUR = 0;
+constexpr int BF16_PANELS = 2, BF16_FEW_ROWS = 4, BF16_CHUNK = 1 << 14;
+constexpr Tile BF16_FEW = {3, 2}, BF16_MANY = {6, 1};  // of many rows the reading of weights is shared, of few of rows
 constexpr int INT8_ROWS = 2, INT4_ROWS = 4;
-constexpr Fetch fetch(int) { return {8192, 1}; }
 
 struct F16 { __m256 a, b; };
 struct I16 { __m256i a, b; };

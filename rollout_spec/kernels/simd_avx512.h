@@ -3,9 +3,9 @@
 
 typedef bf16 bf16_operand;
 typedef int8_t int8_operand;
-constexpr int BF16_ROWS = 12, BF16_ROWS_OF_PAIR = 12, BF16_FEW_ROWS = 16, BF16_ROWS_OF_FOUR = 6;
+constexpr int BF16_PANELS = 4, BF16_FEW_ROWS = 0, BF16_CHUNK = 1 << 16;
+constexpr Tile BF16_FEW = {6, 4}, BF16_MANY = BF16_FEW;
 constexpr int INT8_ROWS = 8, INT4_ROWS = 8;
-constexpr Fetch fetch(int panels) { return panels == 4 ? Fetch{1024, 2} : panels == 2 ? Fetch{3072, 2} : Fetch{8192, 1}; }
 
 typedef __m512 F16;
 typedef __m512i I16;

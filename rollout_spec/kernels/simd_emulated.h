@@ -3,9 +3,9 @@
 
 typedef bf16 bf16_operand;
 typedef int8_t int8_operand;
-constexpr int BF16_ROWS = 4, BF16_ROWS_OF_PAIR = 2, BF16_FEW_ROWS = 3, BF16_ROWS_OF_FOUR = 2;  // few: it has to compile
+constexpr int BF16_PANELS = 4, BF16_FEW_ROWS = 3, BF16_CHUNK = 1 << 12;
+constexpr Tile BF16_FEW = {2, 4}, BF16_MANY = {4, 2};  // small: they have to compile
 constexpr int INT8_ROWS = 3, INT4_ROWS = 3;
-constexpr Fetch fetch(int) { return {3072, 2}; }
 
 #undef INLINE
 #define INLINE static __attribute__((noinline, unused))
