@@ -1,18 +1,21 @@
 // Grouped-query attention of rows over a paged cache, and storing their keys and values in it.
 //
 // A row is one query token with all its heads; it sees the entries `first .. last - 1` of its own sequence. Dot products
-// are summed over sixteen lanes and these in pairs, the sum of values in the order of the positions, all in float32: a
-// row's bits depend on the row and the entries that it sees alone. Rows of one sequence that follow each other, as in
+// are summed in the order of the dimensions, as those of linears are, values in the order of the positions, all in
+// float32: a row's bits depend on the row and the entries that it sees alone. Rows of one sequence that follow each other, as in
 // verification, share the work of reading its entries, from the first that one of them sees to the last.
 #include <type_traits>
 
 #include "exponential.h"
 #include "kernels.h"
+#include "layout.h"
+#include "tile.h"
 
 namespace {
 
-constexpr int64_t CHUNK = 16;        // entries that are widened at a time
+constexpr int64_t CHUNK = PANEL;     // entries that are read at a time
 constexpr int64_t MOST_ROWS = 8;     // that share them
+constexpr int MOST_QUERIES = 6;      // whose sums find room in the registers
 constexpr int64_t SCORES = 1 << 16;  // of all heads of such rows; more do not stay in the core's own cache
 
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -45,18 +48,32 @@ float exponentials(float* scores, int64_t count) {
     return total(sums);
 }
 
-// Four dot products times scale; none depends on the other three.
-INLINE void four_dots(const float* q, const float* const (&entry)[4], int64_t dim, float scale, float* out) {
-    F16 lanes[4] = {zeros(), zeros(), zeros(), zeros()};
-    for (int64_t d = 0; d < dim; d += PANEL) {
-        F16 own = load(q + d);
-        for (int i = 0; i < 4; i++) lanes[i] = fma(own, load(entry[i] + d), lanes[i]);
-    }
-    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves(lanes[0]), halves(lanes[1])),
-                                  _mm256_hadd_ps(halves(lanes[2]), halves(lanes[3])));
-    __m128 sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-    _mm_storeu_ps(out, _mm_mul_ps(sums, _mm_set1_ps(scale)));
+// What a line of sixteen keys is multiplied with: as many numbers of a query as it holds of a key.
+template <typename Float>
+using Operand = std::conditional_t<sizeof(Float) == 2, bf16_operand, float>;
+template <typename Float>
+constexpr int64_t IN_LINE = sizeof(uint32_t) / sizeof(Float);
+
+// The products of ROWS queries and sixteen keys, times scale: out [ROWS, 16].
+template <typename Float, int ROWS>
+void scores_of(const Float* keys, const Operand<Float>* queries, int64_t dim, float scale, float* out) {
+    F16 sums[ROWS][1];
+    for (int r = 0; r < ROWS; r++) sums[r][0] = zeros();
+    for (int64_t d = 0; d < dim; d += IN_LINE<Float>) line(keys + d * PANEL, queries + d * ROWS, sums);
+    for (int r = 0; r < ROWS; r++) store(out + r * PANEL, scaled(sums[r][0], scale));
 }
+
+template <typename Float, int ROWS>
+struct Tiles {
+    static void run(int64_t rows, const Float* keys, const Operand<Float>* queries, int64_t dim, float scale, float* out) {
+        if (rows == ROWS) scores_of<Float, ROWS>(keys, queries, dim, scale, out);
+        else Tiles<Float, ROWS - 1>::run(rows, keys, queries, dim, scale, out);
+    }
+};
+template <typename Float>
+struct Tiles<Float, 0> {
+    static void run(int64_t, const Float*, const Operand<Float>*, int64_t, float, float*) {}
+};
 
 // Sixteen times BLOCKS elements of `sums`, to which `count` weighted values are added in their order.
 template <int BLOCKS>
@@ -93,64 +110,85 @@ struct Call {
 
     int64_t group() const { return heads / kv_heads; }
 
-    // Call `use(entries as floats, position of the first, and behind the last)` for `start .. stop - 1`, in order.
+    // Call `use(entries, position of the first, and behind the last)` for `start .. stop - 1`, in order.
     template <typename Use>
-    void each_chunk(const Float* entries, const int64_t* table, int64_t start, int64_t stop, float* scratch,
-                    Use use) const {
+    void each_chunk(const Float* entries, const int64_t* table, int64_t start, int64_t stop, Use use) const {
         while (start < stop) {
             int64_t offset = start % block_size, count = least(least(block_size - offset, CHUNK), stop - start);
-            const Float* chunk = entries + (table[start / block_size] * block_size + offset) * dim;
-            use(floats(chunk, count * dim, scratch), start, start + count);
+            use(entries + (table[start / block_size] * block_size + offset) * dim, start, start + count);
             start += count;
         }
     }
 
+    // `count` keys, and zeros for those that sixteen lack, to lines of sixteen; `whole` has room for sixteen keys.
+    void to_lines(const Float* keys, int64_t count, Float* whole, Float* lines) const {
+        if (count < PANEL) {
+            memcpy(whole, keys, count * dim * sizeof(Float));
+            memset(whole + count * dim, 0, (PANEL - count) * dim * sizeof(Float));
+            keys = whole;
+        }
+        int64_t words = dim / IN_LINE<Float>;
+        rows_to_lines((const uint32_t*)keys, words, words, (uint32_t*)lines);
+    }
+
     // Floats that `count` rows need.
     int64_t scratch(int64_t count, int64_t stride) const {
-        return CHUNK * dim + count * group() * (2 * dim + 1 + stride);
+        return 2 * CHUNK * dim + MOST_QUERIES * PANEL + count * group() * (3 * dim + 1 + stride);
     }
 
     // `count` rows of one sequence with one key/value head and its group of queries; scores are `stride` apart.
     void attend(int64_t row, int64_t count, int64_t head, int64_t stride, float* scratch) const {
         int64_t queries = count * group(), start = INT64_MAX, stop = 0;
-        float *chunk = scratch, *query = chunk + CHUNK * dim, *sums = query + queries * dim;
-        float *divisors = sums + queries * dim, *scores = divisors + queries;
+        float *chunk = scratch, *whole = chunk + CHUNK * dim, *products = whole + CHUNK * dim;
+        float *sums = products + MOST_QUERIES * PANEL, *own = sums + queries * dim, *interleaved = own + queries * dim;
+        float *scores = interleaved + queries * dim, *divisors = scores + queries * stride;
         const int64_t *table = tables + sequences[row] * width, *begin = first + row, *end = last + row;
         float scale = (float)(1 / sqrt((double)dim));
+        Tiling tiling(queries, MOST_QUERIES);
 
         for (int64_t r = 0; r < count; r++) {
             if (begin[r] < end[r]) start = least(start, begin[r]), stop = most(stop, end[r]);
-            for (int64_t i = 0; i < group() * dim; i++)
-                query[r * group() * dim + i] = widen(q[(row + r) * q_stride + head * group() * dim + i]);
+            memcpy((Float*)own + r * group() * dim, q + (row + r) * q_stride + head * group() * dim,
+                   group() * dim * sizeof(Float));
         }
-        each_chunk(keys + head * head_stride, table, start, stop, chunk,
-                   [&](const float* entries, int64_t from, int64_t to) {
-                       for (int64_t i = 0; i < queries; i++) {
-                           int64_t r = i / group(), low = most(from, begin[r]), high = least(to, end[r]);
-                           for (int64_t t = low; t < high; t += 4) {
-                               const float* entry[4];
-                               for (int64_t j = 0; j < 4; j++) entry[j] = entries + (least(t + j, high - 1) - from) * dim;
-                               four_dots(query + i * dim, entry, dim, scale, scores + i * stride + t - begin[r]);
-                           }
-                       }
-                   });
+        for (int64_t t = 0; t < tiling.count; t++) {
+            int64_t at = tiling.start(t) * dim;
+            interleave((Float*)own + at, dim, dim, tiling.height(t), (Operand<Float>*)interleaved + at);
+        }
+        each_chunk(keys + head * head_stride, table, start, stop, [&](const Float* entries, int64_t from, int64_t to) {
+            Float* lines = (Float*)chunk;
+            to_lines(entries, to - from, (Float*)whole, lines);
+            for (int64_t t = 0; t < tiling.count; t++) {
+                int64_t at = tiling.start(t), height = tiling.height(t);
+                Tiles<Float, MOST_QUERIES>::run(height, lines, (Operand<Float>*)interleaved + at * dim, dim, scale, products);
+                for (int64_t i = 0, r = at / group(); i < height; i++) {
+                    if (at + i == (r + 1) * group()) r++;
+                    int64_t low = most(from, begin[r]), high = least(to, end[r]);
+                    const float* seen = products + i * PANEL + low - from;
+                    float* kept = scores + (at + i) * stride + low - begin[r];
+                    if (high - low == PANEL) memcpy(kept, seen, PANEL * sizeof(float));  // a copy of known size is fast
+                    else if (high > low) memcpy(kept, seen, (high - low) * sizeof(float));
+                }
+            }
+        });
         for (int64_t i = 0; i < queries; i++) {
             int64_t seen = end[i / group()] - begin[i / group()];
             divisors[i] = seen > 0 ? exponentials(scores + i * stride, seen) : 1;
         }
         memset(sums, 0, queries * dim * sizeof(float));
-        each_chunk(values + head * head_stride, table, start, stop, chunk,
-                   [&](const float* entries, int64_t from, int64_t to) {
-                       for (int64_t i = 0; i < queries; i++) {
-                           int64_t r = i / group(), low = most(from, begin[r]), high = least(to, end[r]), d = 0;
-                           const float* seen = entries + (low - from) * dim;
-                           const float* weights = scores + i * stride + low - begin[r];
-                           float* own = sums + i * dim;
-                           for (; d + 4 * PANEL <= dim; d += 4 * PANEL)
-                               add_weighted<4>(seen + d, high - low, dim, weights, own + d);
-                           for (; d < dim; d += PANEL) add_weighted<1>(seen + d, high - low, dim, weights, own + d);
-                       }
-                   });
+        each_chunk(values + head * head_stride, table, start, stop, [&](const Float* stored, int64_t from, int64_t to) {
+            const float* entries = floats(stored, (to - from) * dim, chunk);
+            for (int64_t r = 0; r < count; r++) {
+                int64_t low = most(from, begin[r]), high = least(to, end[r]);
+                const float* seen = entries + (low - from) * dim;
+                for (int64_t i = r * group(), d = 0; i < (r + 1) * group(); i++, d = 0) {
+                    const float* weights = scores + i * stride + low - begin[r];
+                    for (; d + 4 * PANEL <= dim; d += 4 * PANEL)
+                        add_weighted<4>(seen + d, high - low, dim, weights, sums + i * dim + d);
+                    for (; d < dim; d += PANEL) add_weighted<1>(seen + d, high - low, dim, weights, sums + i * dim + d);
+                }
+            }
+        });
         for (int64_t i = 0; i < queries; i++) {
             int64_t r = row + i / group(), h = head * group() + i % group();
             put(sums + i * dim, divisors[i], dim, out + (r * heads + h) * dim);
@@ -163,7 +201,7 @@ struct Call {
             longest = most(longest, last[r] - first[r]);
             work += (last[r] - first[r]) * heads * dim;
         }
-        int64_t stride = round_up(longest + 3, PANEL);  // four scores are written at a time
+        int64_t stride = round_up(most(longest, 1), PANEL);
         int64_t limit = most(1, least(MOST_ROWS, SCORES / (group() * stride)));
         int64_t *starts = allocate<int64_t>(rows + 1), tiles = 0;
         for (int64_t r = 0; r < rows; r++)
