@@ -1,9 +1,10 @@
 // Grouped-query attention of rows over a paged cache, and storing their keys and values in it.
 //
-// A row is one query token with all its heads; it sees the entries `first .. last - 1` of its own sequence. Dot products
-// are summed in the order of the dimensions, as those of linears are, values in the order of the positions, all in
-// float32: a row's bits depend on the row and the entries that it sees alone. Rows of one sequence that follow each other, as in
-// verification, share the work of reading its entries, from the first that one of them sees to the last.
+// A row is one query token with all its heads; it sees the entries `first .. last - 1` of its own sequence. Dot
+// products are summed in the order of the dimensions, as those of linears are, and values in the order of the positions,
+// all in float32: a row's bits depend on the row and the entries that it sees alone. Rows of one sequence that follow
+// each other, as in verification, share the work of reading its entries, from the first that one of them sees to the
+// last.
 #include <type_traits>
 
 #include "exponential.h"
@@ -65,7 +66,8 @@ void scores_of(const Float* keys, const Operand<Float>* queries, int64_t dim, fl
 
 template <typename Float, int ROWS>
 struct Tiles {
-    static void run(int64_t rows, const Float* keys, const Operand<Float>* queries, int64_t dim, float scale, float* out) {
+    static void run(int64_t rows, const Float* keys, const Operand<Float>* queries, int64_t dim, float scale,
+                    float* out) {
         if (rows == ROWS) scores_of<Float, ROWS>(keys, queries, dim, scale, out);
         else Tiles<Float, ROWS - 1>::run(rows, keys, queries, dim, scale, out);
     }
@@ -140,8 +142,9 @@ struct Call {
     void attend(int64_t row, int64_t count, int64_t head, int64_t stride, float* scratch) const {
         int64_t queries = count * group(), start = INT64_MAX, stop = 0;
         float *chunk = scratch, *whole = chunk + CHUNK * dim, *products = whole + CHUNK * dim;
-        float *sums = products + MOST_QUERIES * PANEL, *own = sums + queries * dim, *interleaved = own + queries * dim;
-        float *scores = interleaved + queries * dim, *divisors = scores + queries * stride;
+        float *sums = products + MOST_QUERIES * PANEL, *own = sums + queries * dim, *scores = own + 2 * queries * dim;
+        float* divisors = scores + queries * stride;
+        Operand<Float>* interleaved = (Operand<Float>*)(own + queries * dim);
         const int64_t *table = tables + sequences[row] * width, *begin = first + row, *end = last + row;
         float scale = (float)(1 / sqrt((double)dim));
         Tiling tiling(queries, MOST_QUERIES);
@@ -153,14 +156,14 @@ struct Call {
         }
         for (int64_t t = 0; t < tiling.count; t++) {
             int64_t at = tiling.start(t) * dim;
-            interleave((Float*)own + at, dim, dim, tiling.height(t), (Operand<Float>*)interleaved + at);
+            interleave((Float*)own + at, dim, dim, tiling.height(t), interleaved + at);
         }
         each_chunk(keys + head * head_stride, table, start, stop, [&](const Float* entries, int64_t from, int64_t to) {
             Float* lines = (Float*)chunk;
             to_lines(entries, to - from, (Float*)whole, lines);
             for (int64_t t = 0; t < tiling.count; t++) {
                 int64_t at = tiling.start(t), height = tiling.height(t);
-                Tiles<Float, MOST_QUERIES>::run(height, lines, (Operand<Float>*)interleaved + at * dim, dim, scale, products);
+                Tiles<Float, MOST_QUERIES>::run(height, lines, interleaved + at * dim, dim, scale, products);
                 for (int64_t i = 0, r = at / group(); i < height; i++) {
                     if (at + i == (r + 1) * group()) r++;
                     int64_t low = most(from, begin[r]), high = least(to, end[r]);

@@ -1,10 +1,9 @@
 // y = x W' + b for a bf16 weight that was packed once.
 //
 // A weight [n, k] is packed into panels of 16 outputs, of which BF16_PANELS lie line by line beside each other,
-// [n/16/BF16_PANELS, k/2, BF16_PANELS, 16, 2]: a line holds two columns of 16 rows, and what is read of a weight is read
-// from its first byte to its last. Missing rows and columns are zeros. Every output is one chain of multiply-adds in
-// float32 in the order of the columns, whichever rows, panels and threads share the work: its bits depend on its own row
-// alone.
+// [n/16/BF16_PANELS, k/2, BF16_PANELS, 16, 2]: a line holds two columns of 16 rows, and a weight is read from its first
+// byte to its last. Missing rows and columns are zeros. Every output is one chain of multiply-adds in float32 in the
+// order of the columns, whichever rows, panels and threads share the work: its bits depend on its own row alone.
 #include "kernels.h"
 #include "layout.h"
 #include "tile.h"
@@ -18,11 +17,9 @@ constexpr int64_t STEP = 2 * PANEL * BF16_PANELS;
 // fetched them, each its share.
 constexpr int64_t CHUNK = BF16_CHUNK / sizeof(bf16) / STEP;
 
-// A tile that is alone reads memory faster with the processor's own prefetching than with ours, which gives up at the
-// end of a page; so of the next page the beginning is fetched.
-constexpr int64_t PAGE = 4096 / sizeof(bf16) / STEP, BEGINNING = PAGE / 4;  // lines of a panel
-constexpr int SECOND_CACHE = 2;                                              // for __builtin_prefetch
-constexpr int64_t CACHE_LINE = 64;
+// A tile that is alone waits for memory, which the processor fetches by itself, up to the end of a page: of the next
+// one it needs the beginning.
+constexpr int64_t LINES_OF_PAGE = PAGE / sizeof(bf16) / STEP, BEGINNING = LINES_OF_PAGE / 4;
 
 // Where a panel begins in the packed form of a weight with so many columns.
 int64_t first_line(int64_t panel, int64_t columns) {
@@ -34,10 +31,12 @@ INLINE void lines_alone(const bf16* w, const bf16_operand* x, int64_t count, F16
     for (int64_t i = 0; i < count;) {
         for (int64_t stop = least(i + BEGINNING, count); i < stop; i++, w += STEP, x += 2 * ROWS) {
 #pragma GCC unroll 4
-            for (int p = 0; p < PANELS; p++) __builtin_prefetch(w + (PAGE * STEP + p * 2 * PANEL), 0, SECOND_CACHE);
+            for (int p = 0; p < PANELS; p++)
+                __builtin_prefetch((const char*)(w + p * 2 * PANEL) + PAGE, 0, SECOND_CACHE);
             line(w, x, sums);
         }
-        for (int64_t stop = least(i + PAGE - BEGINNING, count); i < stop; i++, w += STEP, x += 2 * ROWS) line(w, x, sums);
+        for (int64_t stop = least(i + LINES_OF_PAGE - BEGINNING, count); i < stop; i++, w += STEP, x += 2 * ROWS)
+            line(w, x, sums);
     }
 }
 

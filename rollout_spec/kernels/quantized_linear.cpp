@@ -17,6 +17,16 @@ namespace {
 constexpr int64_t LINES = GROUP / 8;
 constexpr int64_t CODES = LINES * 64;  // bytes of a block's codes
 
+constexpr int FEW_ROWS = 2;
+
+// Fetch what lies ahead of `w`, a line at this distance from the beginning of a panel. Few rows wait for memory alone,
+// which the processor fetches by itself, up to the end of a page: of the next one it needs the beginning.
+template <bool FEW>
+INLINE void fetch(const uint8_t* w, int64_t distance) {
+    if (!FEW) __builtin_prefetch(w + 2048);
+    else if (distance % PAGE < PAGE / 4) __builtin_prefetch(w + PAGE, 0, SECOND_CACHE);
+}
+
 INLINE void widen_bytes(const int8_t* x, int64_t count, int16_t* out) {
     for (int64_t i = 0; i < count; i++) out[i] = x[i];
 }
@@ -28,7 +38,7 @@ struct Activations {
     Operand* values;
     int32_t* sums;
     float* scales;
-    int64_t columns, groups;
+    int64_t rows, columns, groups;
 
     template <typename Float>
     void quantize(const Float* x, int64_t row, int64_t k) const {
@@ -79,13 +89,13 @@ struct Int8 {
     static constexpr int ROWS = INT8_ROWS;
     static int64_t panel_bytes(int64_t columns) { return columns * PANEL; }
 
-    template <int R>
+    template <int R, bool FEW>
     static void sums(const uint8_t* w, const float* scales, const Activations<Operand>& x, int64_t row, F16 (&out)[R]) {
         const Operand* values = x.values + row * x.columns;
         ByteSums sums[R];
         for (int r = 0; r < R; r++) sums[r] = byte_zeros();
         for (int64_t i = 0; i < x.columns; i += 4) {
-            __builtin_prefetch(w + i * PANEL + 2048);
+            fetch<FEW>(w + i * PANEL, i * PANEL);
             Bytes line = load_bytes((const int8_t*)w + i * PANEL);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) sums[r] = dot(sums[r], line, values + r * x.columns + i);
@@ -106,7 +116,7 @@ struct FourBits {
     static constexpr int64_t BLOCK = CODES + (NF4_CODES ? 32 : 64);
     static int64_t panel_bytes(int64_t columns) { return columns / GROUP * BLOCK; }
 
-    template <int R>
+    template <int R, bool FEW>
     static void sums(const uint8_t* w, const float*, const Activations<Operand>& x, int64_t row, F16 (&out)[R]) {
         const Table table = load_table(NF4);
         const Operand* values = x.values + row * x.columns;
@@ -119,7 +129,7 @@ struct FourBits {
             for (int half = 0; half < LINES; half += 4) {
 #pragma GCC unroll 4
                 for (int t = half; t < half + 4; t++) {
-                    __builtin_prefetch(w + t * 64 + 2048);
+                    fetch<FEW>(w + t * 64, g * BLOCK);
                     Nibbles line = load_nibbles<NF4_CODES>(w + t * 64, table);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; r++) sums[r] = dot<NF4_CODES>(sums[r], line, values + r * x.columns + t * 8);
@@ -149,7 +159,8 @@ template <typename Kind, typename Float, int R>
 void rows_of_panel(const uint8_t* w, const float* scales, const Activations<typename Kind::Operand>& x, int64_t row,
                    int64_t column, const Output<Float>& out) {
     F16 sums[R];
-    Kind::template sums<R>(w, scales, x, row, sums);
+    if (R <= FEW_ROWS && x.rows == R) Kind::template sums<R, (R <= FEW_ROWS)>(w, scales, x, row, sums);
+    else Kind::template sums<R, false>(w, scales, x, row, sums);
     for (int r = 0; r < R; r++) out.write(sums[r], row + r, column);
 }
 
@@ -173,7 +184,7 @@ void linear(const Float* x, int64_t m, int64_t k, int64_t n, const uint8_t* pack
     typedef typename Kind::Operand Operand;
     int64_t columns = round_up(k, GROUP), groups = columns / GROUP, panels = round_up(n, PANEL) / PANEL;
     Activations<Operand> rows = {allocate<Operand>(m * columns), allocate<int32_t>(m * groups), allocate<float>(m),
-                                 columns, groups};
+                                 m, columns, groups};
     Output<Float> out = {y, n};
     if (m * n * k < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)

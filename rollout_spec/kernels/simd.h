@@ -16,6 +16,8 @@ typedef uint16_t bf16;
 
 constexpr int64_t PANEL = 16;  // output features that are computed together
 constexpr int64_t GROUP = 64;  // weights that share a scale, in the 4-bit kinds
+constexpr int64_t PAGE = 4096, CACHE_LINE = 64;  // bytes
+constexpr int SECOND_CACHE = 2;                  // for __builtin_prefetch
 
 INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
