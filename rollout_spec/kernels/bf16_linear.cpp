@@ -188,7 +188,7 @@ EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf
         float* kept = allocate<float>(m * BF16_PANELS * PANEL);
         auto run = few ? panels_times_rows<BF16_FEW.panels, BF16_FEW.rows>
                        : panels_times_rows<BF16_MANY.panels, BF16_MANY.rows>;
-#pragma omp for schedule(static)
+#pragma omp for schedule(guided)  // who is slowed down by others does less, and still reads long stretches
         for (int64_t p = 0; p < panels; p += BF16_PANELS)
             run(packed + first_line(p, padded), operands, tiling, padded, p * PANEL, kept, out);
         free(kept);

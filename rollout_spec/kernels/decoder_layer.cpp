@@ -37,11 +37,15 @@ struct Pass {
     }
 
     void add(void* x, const void* y) const {
-        if (is_bf16)
-            for (int64_t i = 0; i < rows * hidden; i++)
-                ((bf16*)x)[i] = narrow(widen(((bf16*)x)[i]) + widen(((const bf16*)y)[i]));
-        else
-            for (int64_t i = 0; i < rows * hidden; i++) ((float*)x)[i] += ((const float*)y)[i];
+        if (is_bf16) add_to((bf16*)x, (const bf16*)y);
+        else add_to((float*)x, (const float*)y);
+    }
+
+    void add_to(bf16* __restrict x, const bf16* __restrict y) const {
+        for (int64_t i = 0, count = rows * hidden; i < count; i++) x[i] = narrow(widen(x[i]) + widen(y[i]));
+    }
+    void add_to(float* __restrict x, const float* __restrict y) const {
+        for (int64_t i = 0, count = rows * hidden; i < count; i++) x[i] += y[i];
     }
 };
 
