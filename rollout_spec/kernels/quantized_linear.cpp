@@ -19,12 +19,12 @@ constexpr int64_t CODES = LINES * 64;  // bytes of a block's codes
 
 constexpr int FEW_ROWS = 2;
 
-// Fetch what lies ahead of `w`, a line at this distance from the beginning of a panel. Few rows wait for memory alone,
-// which the processor fetches by itself, up to the end of a page: of the next one it needs the beginning.
+// Fetch what lies ahead of `w`, a line at this distance from the beginning of a panel. The processor fetches memory by
+// itself, which is all that few rows wait for, but up to the end of a page: of the next one it needs the beginning.
 template <bool FEW>
 INLINE void fetch(const uint8_t* w, int64_t distance) {
     if (!FEW) __builtin_prefetch(w + 2048);
-    else if (distance % PAGE < PAGE / 4) __builtin_prefetch(w + PAGE, 0, SECOND_CACHE);
+    if (distance % PAGE < PAGE / 4) __builtin_prefetch(w + PAGE, 0, SECOND_CACHE);
 }
 
 INLINE void widen_bytes(const int8_t* x, int64_t count, int16_t* out) {
@@ -124,7 +124,8 @@ struct FourBits {
         for (int r = 0; r < R; r++) out[r] = zeros();
         for (int64_t g = 0; g < x.groups; g++, w += BLOCK, values += GROUP) {
             NibbleSums sums[R];
-            for (int r = 0; r < R; r++) sums[r] = nibble_zeros();
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) sums[r] = nibble_start(NF4_CODES ? -32 * group_sums[r * x.groups + g] : 0);
 #pragma GCC unroll 2
             for (int half = 0; half < LINES; half += 4) {
 #pragma GCC unroll 4
@@ -140,8 +141,7 @@ struct FourBits {
             F16 scale = load((const bf16*)(w + CODES));
             if (NF4_CODES) {
 #pragma GCC unroll 8
-                for (int r = 0; r < R; r++)
-                    out[r] = fma(to_float(plus(total(sums[r]), -32 * group_sums[r * x.groups + g])), scale, out[r]);
+                for (int r = 0; r < R; r++) out[r] = fma(to_float(total(sums[r])), scale, out[r]);
             } else {
                 F16 offset = load((const bf16*)(w + CODES) + PANEL);
 #pragma GCC unroll 8

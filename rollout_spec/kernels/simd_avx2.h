@@ -81,7 +81,7 @@ struct NibbleSums { I16 wide, narrow; };
 INLINE Table load_table(const uint8_t* p) {
     return {_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p))};
 }
-INLINE NibbleSums nibble_zeros() { return {izeros(), izeros()}; }
+INLINE NibbleSums nibble_start(int32_t from) { return {plus(izeros(), from), izeros()}; }
 template <bool TABLE>
 INLINE Nibbles load_nibbles(const uint8_t* p, Table table) {
     const __m256i mask = _mm256_set1_epi8(15);

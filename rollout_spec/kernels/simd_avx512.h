@@ -24,6 +24,7 @@ INLINE F16 load(const bf16* p) {
 INLINE I16 izeros() { return _mm512_setzero_si512(); }
 INLINE F16 to_float(I16 v) { return _mm512_cvtepi32_ps(v); }
 INLINE I16 plus(I16 v, int32_t n) { return _mm512_add_epi32(v, _mm512_set1_epi32(n)); }
+INLINE I16 plus(I16 v, I16 w) { return _mm512_add_epi32(v, w); }
 INLINE I16 load_line(const void* p) { return _mm512_loadu_si512(p); }
 INLINE I16 low_nibbles(I16 v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 INLINE I16 high_nibbles(I16 v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }

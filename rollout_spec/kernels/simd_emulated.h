@@ -26,6 +26,7 @@ INLINE F16 load(const bf16* p) { F16 r; EACH_LANE r.v[i] = widen(p[i]); return r
 INLINE I16 izeros() { return {}; }
 INLINE F16 to_float(I16 x) { F16 r; EACH_LANE r.v[i] = (float)x.v[i]; return r; }
 INLINE I16 plus(I16 x, int32_t n) { EACH_LANE x.v[i] += n; return x; }
+INLINE I16 plus(I16 x, I16 y) { EACH_LANE x.v[i] += y.v[i]; return x; }
 INLINE I16 load_line(const void* p) { I16 r; memcpy(r.v, p, 64); return r; }
 
 template <typename Function>
