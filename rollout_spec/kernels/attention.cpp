@@ -1,10 +1,9 @@
 // Grouped-query attention of rows over a paged cache, and storing their keys and values in it.
 //
 // A row is one query token with all its heads; it sees the entries `first .. last - 1` of its own sequence. Dot
-// products are summed in the order of the dimensions, as those of linears are, and values in the order of the positions,
-// all in float32: a row's bits depend on the row and the entries that it sees alone. Rows of one sequence that follow
-// each other, as in verification, share the work of reading its entries, from the first that one of them sees to the
-// last.
+// products are summed in the order of the dimensions, part by part, and values in the order of the positions, all in
+// float32: a row's bits depend on the row and the entries that it sees alone. Rows of one sequence that follow each
+// other, as in verification, share the work of reading its entries, from the first that one of them sees to the last.
 #include <type_traits>
 
 #include "exponential.h"
@@ -17,6 +16,7 @@ namespace {
 constexpr int64_t CHUNK = PANEL;     // entries that are read at a time
 constexpr int64_t MOST_ROWS = 8;     // that share them
 constexpr int MOST_QUERIES = 6;      // whose sums find room in the registers
+constexpr int64_t PART = 16;         // dimensions that are summed before they are added to the others
 constexpr int64_t SCORES = 1 << 16;  // of all heads of such rows; more do not stay in the core's own cache
 
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -58,10 +58,15 @@ constexpr int64_t IN_LINE = sizeof(uint32_t) / sizeof(Float);
 // The products of ROWS queries and sixteen keys, times scale: out [ROWS, 16].
 template <typename Float, int ROWS>
 void scores_of(const Float* keys, const Operand<Float>* queries, int64_t dim, float scale, float* out) {
-    F16 sums[ROWS][1];
-    for (int r = 0; r < ROWS; r++) sums[r][0] = zeros();
-    for (int64_t d = 0; d < dim; d += IN_LINE<Float>) line(keys + d * PANEL, queries + d * ROWS, sums);
-    for (int r = 0; r < ROWS; r++) store(out + r * PANEL, scaled(sums[r][0], scale));
+    F16 sums[ROWS];
+    for (int r = 0; r < ROWS; r++) sums[r] = zeros();
+    for (int64_t d = 0; d < dim;) {
+        F16 part[ROWS][1];
+        for (int r = 0; r < ROWS; r++) part[r][0] = zeros();
+        for (int64_t stop = d + PART; d < stop; d += IN_LINE<Float>) line(keys + d * PANEL, queries + d * ROWS, part);
+        for (int r = 0; r < ROWS; r++) sums[r] = fma(part[r][0], 1.0f, sums[r]);
+    }
+    for (int r = 0; r < ROWS; r++) store(out + r * PANEL, scaled(sums[r], scale));
 }
 
 template <typename Float, int ROWS>

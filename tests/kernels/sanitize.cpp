@@ -171,5 +171,7 @@ int main(int count, char**) {
                 bf16(m, n, k);
                 for (int kind = 0; kind < 3; kind++) quantized<uint16_t>(kind, m, n, k), quantized<float>(kind, m, n, k);
             }
+    for (int64_t m : {1, 5, 7, 32})  // columns of several chunks
+        for (int64_t k : {600, 1030}) bf16(m, 70, k);
     puts("clean");
 }

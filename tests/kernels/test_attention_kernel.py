@@ -94,6 +94,13 @@ def test_rows_of_one_sequence_may_be_computed_together(kernels, threads, dtype, 
         assert torch.equal(case.run(kernels, slice(row, row + 1)), together[row : row + 1])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16"])
+def test_where_no_row_sees_anything_all_are_zero(kernels, dtype):
+    case = Case(dtype)
+    case.last = case.first
+    assert not case.run(kernels).any()
+
+
 def test_entries_that_a_row_does_not_see_are_not_read(kernels):
     case = Case(torch.float32)
     before = case.run(kernels, slice(4, 6))
