@@ -56,6 +56,7 @@ struct Output {
     const bf16* bias;
     int64_t n;
 
+    // The columns of a panel that are there; of one that only fills a group none is.
     void write(F16 sum, int64_t row, int64_t column) const {
         float values[PANEL];
         store(values, sum);
@@ -70,13 +71,13 @@ struct Output {
 
 // What a tile does with a chunk of some panels.
 struct Work {
-    const bf16* w;          // the chunk's first line
-    const bf16_operand* x;  // the first row's, at its first column
-    int64_t columns, first, count;  // of the weight; lines before the chunk and in it
-    const char* ahead;
+    const bf16* w;                  // the chunk's first line
+    const bf16_operand* x;          // the tile's rows, from their first column on
+    int64_t columns, first, count;  // columns of the weight; lines before the chunk, and in it
+    const char* ahead;              // see lines_of_several
     int64_t step;
-    float* kept;  // sums between chunks, [rows, BF16_PANELS, 16], at those of the tile
-    int64_t row, column;
+    float* kept;                    // sums between chunks, [rows, BF16_PANELS, 16], from the tile's own on
+    int64_t row, column;            // of the output
 
     bool starts() const { return first == 0; }
     bool ends() const { return 2 * (first + count) == columns; }
@@ -85,20 +86,18 @@ struct Work {
 template <bool ALONE, int ROWS, int PANELS>
 void rows_of_panels(const Work& work, const Output& out) {
     F16 sums[ROWS][PANELS];
-    auto each = [&](auto use) {
-        for (int r = 0; r < ROWS; r++)
-            for (int p = 0; p < PANELS; p++) use(sums[r][p], r, p, work.kept + (r * BF16_PANELS + p) * PANEL);
-    };
-    if (work.starts()) each([](F16& sum, int, int, float*) { sum = zeros(); });
-    else each([](F16& sum, int, int, float* kept) { sum = load(kept); });
+    float* kept = work.kept;
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PANELS; p++)
+            sums[r][p] = work.starts() ? zeros() : load(kept + (r * BF16_PANELS + p) * PANEL);
     const bf16_operand* x = work.x + 2 * work.first * ROWS;
     if (ALONE) lines_alone(work.w, x, work.count, sums);
     else lines_of_several(work.w, x, work.count, work.ahead, work.step, sums);
-    if (!work.ends()) each([](F16& sum, int, int, float* kept) { store(kept, sum); });
-    else
-        each([&](F16& sum, int r, int p, float*) {
-            if (work.column + p * PANEL < out.n) out.write(sum, work.row + r, work.column + p * PANEL);
-        });
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PANELS; p++) {
+            if (!work.ends()) store(kept + (r * BF16_PANELS + p) * PANEL, sums[r][p]);
+            else out.write(sums[r][p], work.row + r, work.column + p * PANEL);
+        }
 }
 
 typedef void (*RowsOfPanels)(const Work&, const Output&);

@@ -22,7 +22,6 @@ INLINE F16 scaled(F16 x, float y) {
     __m256 v = _mm256_set1_ps(y);
     return {_mm256_mul_ps(x.a, v), _mm256_mul_ps(x.b, v)};
 }
-INLINE __m256 halves(F16 v) { return _mm256_add_ps(v.a, v.b); }  // added to each other
 INLINE F16 load(const bf16* p) {
     auto half = [](const bf16* q) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)q)), 16));

@@ -16,7 +16,6 @@ INLINE void store(float* p, F16 v) { _mm512_storeu_ps(p, v); }
 INLINE F16 fma(F16 x, F16 y, F16 z) { return _mm512_fmadd_ps(x, y, z); }
 INLINE F16 fma(F16 x, float y, F16 z) { return _mm512_fmadd_ps(x, _mm512_set1_ps(y), z); }
 INLINE F16 scaled(F16 x, float y) { return _mm512_mul_ps(x, _mm512_set1_ps(y)); }
-INLINE __m256 halves(F16 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 INLINE F16 load(const bf16* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }

@@ -20,7 +20,6 @@ INLINE void store(float* p, F16 x) { memcpy(p, x.v, 64); }
 INLINE F16 fma(F16 x, F16 y, F16 z) { EACH_LANE z.v[i] = fmaf(x.v[i], y.v[i], z.v[i]); return z; }
 INLINE F16 fma(F16 x, float y, F16 z) { EACH_LANE z.v[i] = fmaf(x.v[i], y, z.v[i]); return z; }
 INLINE F16 scaled(F16 x, float y) { EACH_LANE x.v[i] *= y; return x; }
-INLINE __m256 halves(F16 x) { return _mm256_add_ps(_mm256_loadu_ps(x.v), _mm256_loadu_ps(x.v + 8)); }
 INLINE F16 load(const bf16* p) { F16 r; EACH_LANE r.v[i] = widen(p[i]); return r; }
 
 INLINE I16 izeros() { return {}; }
