@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +49,11 @@ def features_of(target: Decoder, layers: Sequence[int], sequences: Sequence[Tens
     positions = torch.arange(length, device=device).expand(ids.shape).flatten()
     streams: dict[int, Tensor] = {}
 
-    def tap(layer: int, stream: Tensor) -> None:
-        if layer in layers:
-            streams[layer] = stream.clone()
+    def keep(layer: int, stream: Tensor) -> None:
+        streams[layer] = stream.clone()
 
-    hidden = target.hidden(ids.flatten(), positions, attend, tap)
+    taps = {layer: partial(keep, layer) for layer in layers}
+    hidden = target.hidden(ids.flatten(), positions, attend, taps)
     features = torch.cat([streams[layer] for layer in layers], 1) if streams else hidden
     return [row[: len(sequence)] for row, sequence in zip(features.unflatten(0, ids.shape), sequences)]
 

@@ -102,11 +102,11 @@ class KernelBenchmark:
 
         run()
         shares = []
-        whole_layer = LayersInOneCall.__call__
+        layers = LayersInOneCall.__call__
         try:
             for name in KERNELS:
                 setattr(own, name, timed(getattr(own, name)))
-            LayersInOneCall.__call__ = timed(whole_layer)  # type: ignore[method-assign]
+            LayersInOneCall.__call__ = timed(layers)  # type: ignore[method-assign]
             for _ in range(self.pairs):
                 spent = 0.0
                 total = _seconds(run)
@@ -114,7 +114,7 @@ class KernelBenchmark:
         finally:
             for name in KERNELS:
                 vars(own).pop(name, None)
-            LayersInOneCall.__call__ = whole_layer  # type: ignore[method-assign]
+            LayersInOneCall.__call__ = layers  # type: ignore[method-assign]
         self.notes["share_outside_kernels"] = {
             "median": round(statistics.median(shares), 4),
             "min": round(min(shares), 4),

@@ -215,7 +215,7 @@ struct Call {
         for (int64_t r = 0; r < rows; r++)
             if (r == 0 || sequences[r] != sequences[r - 1] || r - starts[tiles - 1] == limit) starts[tiles++] = r;
         starts[tiles] = rows;
-        if (work < 1 << 17) threads = 1;
+        if (work < 1 << 15) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
         {
             float* own = allocate<float>(scratch(limit, stride));

@@ -174,15 +174,21 @@ EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf
     int64_t padded = round_up(k, 2), panels = round_up(n, PANEL) / PANEL;
     bool few = m <= BF16_FEW_ROWS;
     Tiling tiling(m, few ? BF16_FEW.rows : BF16_MANY.rows);
-    bf16_operand* operands = allocate<bf16_operand>(m * padded);
+    bool alone = tiling.count == 1;
+    bf16_operand* shared = alone ? nullptr : allocate<bf16_operand>(m * padded);
     Output out = {y, bias, n};
     if (m * n * k < 1 << 16) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        bf16_operand* operands = alone ? allocate<bf16_operand>(m * padded) : shared;
+        if (alone) {  // every thread for itself: nobody waits
+            interleave(x, k, padded, m, operands);
+        } else {
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < tiling.count; t++) {
-            int64_t row = tiling.start(t);
-            interleave(x + row * k, k, padded, tiling.height(t), operands + row * padded);
+            for (int64_t t = 0; t < tiling.count; t++) {
+                int64_t row = tiling.start(t);
+                interleave(x + row * k, k, padded, tiling.height(t), operands + row * padded);
+            }
         }
         float* kept = allocate<float>(m * BF16_PANELS * PANEL);
         auto run = few ? panels_times_rows<BF16_FEW.panels, BF16_FEW.rows>
@@ -191,6 +197,7 @@ EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf
         for (int64_t p = 0; p < panels; p += BF16_PANELS)
             run(packed + first_line(p, padded), operands, tiling, padded, p * PANEL, kept, out);
         free(kept);
+        if (alone) free(operands);
     }
-    free(operands);
+    free(shared);
 }

@@ -1,4 +1,4 @@
-// A decoder layer in one call, or in two around attention that is somebody else's: what the other kernels do one after
+// Decoder layers in one call, or each in two around attention that is somebody else's: what the other kernels do one after
 // the other, to the bit, without a way back to the caller in between, which for few rows takes as long as many of them.
 #include "kernels.h"
 
@@ -80,16 +80,20 @@ EXPORT void decoder_layer_after(const Layer* layer, const Pass* pass, void* x, c
     p.add(x, added);
 }
 
-// x [rows, hidden], the residual stream, in place; keys and values are the layer's cache.
-EXPORT void decoder_layer(const Layer* layer, const Pass* pass, void* x, void* keys, void* values, char* scratch) {
+// `count` layers that follow each other, of one shape; x [rows, hidden], the residual stream, in place. keys and values
+// are the first one's cache, and those of the others lie cache_stride bytes apart.
+EXPORT void decoder_layers(const Layer* layers, int64_t count, const Pass* pass, void* x, char* keys, char* values,
+                           int64_t cache_stride, char* scratch) {
     const Pass& p = *pass;
-    char *qkv = scratch, *attended = qkv + p.bytes(layer->qkv.n), *rest = attended + p.bytes(layer->o.k);
-    int64_t rotated = p.heads + p.kv_heads, stride = layer->qkv.n, head = p.head_dim * p.size();
+    for (const Layer *layer = layers; layer < layers + count; layer++, keys += cache_stride, values += cache_stride) {
+        char *qkv = scratch, *attended = qkv + p.bytes(layer->qkv.n), *rest = attended + p.bytes(layer->o.k);
+        int64_t rotated = p.heads + p.kv_heads, stride = layer->qkv.n, head = p.head_dim * p.size();
 
-    decoder_layer_before(layer, pass, x, qkv, rest);
-    store_entries(p.size(), qkv + p.heads * head, stride, qkv + rotated * head, stride, p.cache_rows, p.rows,
-                  p.kv_heads, p.head_dim, keys, values);
-    attention(p.is_bf16, qkv, stride, keys, values, p.head_stride, p.block_size, p.head_dim, p.heads, p.kv_heads,
-              p.tables, p.width, p.sequences, p.first, p.last, p.rows, attended, p.threads);
-    decoder_layer_after(layer, pass, x, attended, rest);
+        decoder_layer_before(layer, pass, x, qkv, rest);
+        store_entries(p.size(), qkv + p.heads * head, stride, qkv + rotated * head, stride, p.cache_rows, p.rows,
+                      p.kv_heads, p.head_dim, keys, values);
+        attention(p.is_bf16, qkv, stride, keys, values, p.head_stride, p.block_size, p.head_dim, p.heads, p.kv_heads,
+                  p.tables, p.width, p.sequences, p.first, p.last, p.rows, attended, p.threads);
+        decoder_layer_after(layer, pass, x, attended, rest);
+    }
 }

@@ -1,4 +1,4 @@
-"""A decoder layer in one call of the kernels, or in two around attention: `decoder_layer.cpp`.
+"""Decoder layers in one call of the kernels, or each in two around attention: `decoder_layer.cpp`.
 
 For few rows the way from one kernel to the next through Python takes longer than most of them.
 """
@@ -6,7 +6,7 @@ For few rows the way from one kernel to the next through Python takes longer tha
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,38 +66,57 @@ class KernelWeight:
     scales: Tensor | None = None
     bias: Tensor | None = None
 
-    def structure(self) -> ctypes.Structure:
+    def structure(self) -> _Linear:
         """What C++ reads; it holds none of the tensors."""
         kind = KINDS.get(self.kind, _BF16)
         return _Linear(kind, *self.shape, *map(_address, (self.packed, self.scales, self.bias)))
 
 
+@dataclass(frozen=True)
 class KernelLayer:
-    """The weights of a layer, see `models.decoder.LayerWeights`; norms contiguous, in the dtype of the pass.
+    """The weights of a layer, see `models.decoder.LayerWeights`; norms contiguous, in the dtype of the pass."""
+
+    input_norm: Tensor
+    qk_norm: Tensor | None
+    post_norm: Tensor
+    qkv: KernelWeight
+    o: KernelWeight
+    gate_up: KernelWeight
+    down: KernelWeight
+
+    def structure(self) -> _Layer:
+        """What C++ reads; it holds none of the tensors."""
+        norms, linears = (self.input_norm, self.qk_norm, self.post_norm), self.linears
+        assert all(x is None or (x.is_contiguous() and x.dtype == self.input_norm.dtype) for x in norms)
+        return _Layer(*map(_address, norms), *(x.structure() for x in linears))
+
+    @property
+    def linears(self) -> tuple[KernelWeight, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+class KernelLayers:
+    """All layers of a model.
 
     Attributes:
-        kernels: What can compute it.
+        kernels: What can compute them.
         dtype: Of the pass.
-        address: Of what C++ reads.
     """
 
-    def __init__(
-        self,
-        input_norm: Tensor,
-        qk_norm: Tensor | None,
-        post_norm: Tensor,
-        qkv: KernelWeight,
-        o: KernelWeight,
-        gate_up: KernelWeight,
-        down: KernelWeight,
-    ) -> None:
-        norms, linears = (input_norm, qk_norm, post_norm), (qkv, o, gate_up, down)
-        assert all(x is None or (x.is_contiguous() and x.dtype == input_norm.dtype) for x in norms)
-        assert all(x.kernels is qkv.kernels for x in linears)
-        self.kernels, self.dtype = qkv.kernels, input_norm.dtype
-        self._held = norms, linears
-        self._structure = _Layer(*map(_address, norms), *(x.structure() for x in linears))
-        self.address = ctypes.addressof(self._structure)
+    def __init__(self, layers: Sequence[KernelLayer]) -> None:
+        self.kernels, self.dtype = layers[0].qkv.kernels, layers[0].input_norm.dtype
+        assert all(x.kernels is self.kernels for layer in layers for x in layer.linears)
+        assert all(layer.input_norm.dtype == self.dtype for layer in layers)
+        self._held = tuple(layers)
+        self._structures = (_Layer * len(layers))(*(layer.structure() for layer in layers))
+        self._here = ctypes.addressof(self._structures)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def address(self, index: int) -> int:
+        """Of what C++ reads of a layer; that of the next follows."""
+        return self._here + index * ctypes.sizeof(_Layer)
 
 
 @dataclass(frozen=True)
@@ -125,7 +144,7 @@ class _Layers:
     """The layers of one pass: what the methods of `Kernels` do one by one, to the bit.
 
     Args:
-        kernels: What computes them.
+        layers: Of the model.
         x: `[R, H]`, float32 or bfloat16: the residual stream, written in place.
         heads: Of queries, and of keys, and the size of one.
         cosine, signed_sine, eps: As in `Kernels.norm_rotate`.
@@ -134,7 +153,7 @@ class _Layers:
 
     def __init__(
         self,
-        kernels: Kernels,
+        layers: KernelLayers,
         x: Tensor,
         heads: tuple[int, int, int],
         cosine: Tensor,
@@ -150,52 +169,54 @@ class _Layers:
             cache = block_size, blocks * block_size * heads[2], at.tables.shape[1]
             places = at.cache_rows, at.tables, at.sequences, at.first, at.last
         assert all(t.is_contiguous() for t in (x, cosine, signed_sine, *places))
-        assert all(t.dtype == x.dtype for t in (cosine, signed_sine))
+        assert all(t.dtype == x.dtype for t in (cosine, signed_sine)) and layers.dtype == x.dtype
         assert all(t.dtype == torch.int64 for t in places)
-        self._kernels, self._x = kernels, x
+        self._layers, self._library, self._x = layers, layers.kernels.library, x
         self._held = cosine, signed_sine, at
         self._pass = _Pass(
             x.dtype == torch.bfloat16, rows, hidden, *heads, *cache, torch.get_num_threads(), eps,
             *map(_address, (cosine, signed_sine, *places)),
         )  # fmt: skip
-        self._here, self._scratch = ctypes.addressof(self._pass), 0
-
-    def _checked(self, layer: KernelLayer) -> ctypes.CDLL:
-        assert layer.dtype == self._x.dtype and layer.kernels is self._kernels
-        library = self._kernels.library
-        if not self._scratch:
-            size = library.decoder_layer_scratch(layer.address, self._here)
-            self._room = torch.empty(size, dtype=torch.uint8)
-            self._scratch = self._room.data_ptr()
-        return library
+        self._here = ctypes.addressof(self._pass)
+        size = self._library.decoder_layer_scratch(layers.address(0), self._here)
+        self._room = torch.empty(size, dtype=torch.uint8)
+        self._scratch = self._room.data_ptr()
 
 
 class LayersInOneCall(_Layers):
     """With attention over a paged cache, the rows being `at` these places of it."""
 
     def __init__(
-        self, x: Tensor, heads: int, cosine: Tensor, signed_sine: Tensor, eps: float, at: PagedRows
+        self,
+        layers: KernelLayers,
+        x: Tensor,
+        heads: int,
+        cosine: Tensor,
+        signed_sine: Tensor,
+        eps: float,
+        at: PagedRows,
     ) -> None:
         keys, values = at.keys, at.values
         assert all(t.is_contiguous() and t.dtype == x.dtype for t in (keys, values))
-        assert len(at.first) == len(x)
-        super().__init__(at.kernels, x, (heads, keys.shape[1], keys.shape[-1]), cosine, signed_sine, eps, at)
-        self._keys, self._values, self._stride = keys.data_ptr(), values.data_ptr(), keys[0].nbytes
+        assert len(at.first) == len(x) and len(layers) == len(keys) and layers.kernels is at.kernels
+        super().__init__(layers, x, (heads, keys.shape[1], keys.shape[-1]), cosine, signed_sine, eps, at)
+        self._cache, self._stride = (keys.data_ptr(), values.data_ptr()), keys.stride(0) * keys.element_size()
 
-    def __call__(self, index: int, layer: KernelLayer) -> None:
-        """Compute the layer, whose part of the cache is `index`."""
-        library, own = self._checked(layer), index * self._stride
-        library.decoder_layer(
-            layer.address, self._here, self._x.data_ptr(), self._keys + own, self._values + own, self._scratch
-        )
+    def __call__(self, start: int, stop: int) -> None:
+        """Compute the layers `start .. stop`; layer i reads and writes part i of the cache."""
+        keys, values = (part + start * self._stride for part in self._cache)
+        self._library.decoder_layers(
+            self._layers.address(start), stop - start, self._here, self._x.data_ptr(), keys, values, self._stride,
+            self._scratch,
+        )  # fmt: skip
 
 
 class LayersAroundAttention(_Layers):
-    """In two calls, with attention in between by `attend`, see `models.decoder.Attend`."""
+    """Each in two calls, with attention in between by `attend`, see `models.decoder.Attend`."""
 
     def __init__(
         self,
-        kernels: Kernels,
+        layers: KernelLayers,
         x: Tensor,
         heads: tuple[int, int, int],
         cosine: Tensor,
@@ -203,17 +224,16 @@ class LayersAroundAttention(_Layers):
         eps: float,
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
     ) -> None:
-        super().__init__(kernels, x, heads, cosine, signed_sine, eps, None)
+        super().__init__(layers, x, heads, cosine, signed_sine, eps, None)
         self._attend = attend
         queries, keys, size = heads
         self._shape, self._split = (len(x), queries + 2 * keys, size), (queries, keys, keys)
 
-    def __call__(self, index: int, layer: KernelLayer) -> None:
-        """Compute the layer, the `index`-th of the pass."""
-        library, x = self._checked(layer), self._x
-        qkv = torch.empty(self._shape, dtype=x.dtype)
-        library.decoder_layer_before(layer.address, self._here, x.data_ptr(), qkv.data_ptr(), self._scratch)
-        attended = self._attend(index, *qkv.split(self._split, 1)).contiguous()
-        library.decoder_layer_after(
-            layer.address, self._here, x.data_ptr(), attended.data_ptr(), self._scratch
-        )
+    def __call__(self, start: int, stop: int) -> None:
+        """Compute the layers `start .. stop`."""
+        library, x = self._library, self._x
+        for index in range(start, stop):
+            layer, qkv = self._layers.address(index), torch.empty(self._shape, dtype=x.dtype)
+            library.decoder_layer_before(layer, self._here, x.data_ptr(), qkv.data_ptr(), self._scratch)
+            attended = self._attend(index, *qkv.split(self._split, 1)).contiguous()
+            library.decoder_layer_after(layer, self._here, x.data_ptr(), attended.data_ptr(), self._scratch)

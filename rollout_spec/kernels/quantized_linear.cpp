@@ -191,7 +191,7 @@ void linear(const Float* x, int64_t m, int64_t k, int64_t n, const uint8_t* pack
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++) rows.quantize(x + row * k, row, k);
-#pragma omp for schedule(static)
+#pragma omp for schedule(guided)  // see bf16_linear.cpp
         for (int64_t p = 0; p < panels; p++) {
             const uint8_t* w = packed + p * Kind::panel_bytes(columns);
             int64_t tiles = (m + Kind::ROWS - 1) / Kind::ROWS;

@@ -6,15 +6,21 @@ independent of the rows beside it, bit for bit, if the linears and the callback 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rollout_spec.kernels.decoder_layer import KernelLayer, LayersAroundAttention, LayersInOneCall
+from rollout_spec.kernels.decoder_layer import (
+    KernelLayer,
+    KernelLayers,
+    LayersAroundAttention,
+    LayersInOneCall,
+)
 from rollout_spec.models.elementwise import gated_silu, norm, norm_rotate
 from rollout_spec.models.linear import Linear
 from rollout_spec.models.rope import RotaryTable
@@ -23,8 +29,10 @@ from rollout_spec.models.spec import ModelSpec
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q[R, Hq, hd], k[R, Hkv, hd], v[R, Hkv, hd]) -> [R, Hq * hd]; k is rotated, v is a strided view.
 
-If it has an attribute `paged` that is not None, a `PagedRows`, a layer of kernels does without calling it.
+If it has an attribute `paged` that is not None, a `PagedRows`, layers of kernels do without calling it.
 """
+
+_NO_TAPS: Mapping[int, Callable[[Tensor], object]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,6 @@ class LayerWeights:
     gate_up: Linear
     down: Linear
 
-    @cached_property
     def for_kernels(self) -> KernelLayer | None:
         """The block for this project's CPU kernels, if all of it runs on them."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -63,6 +70,13 @@ class DecoderWeights:
     final_norm: Tensor
     lm_head: Linear
 
+    @cached_property
+    def for_kernels(self) -> KernelLayers | None:
+        """The blocks for this project's CPU kernels, if all of them run on these."""
+        layers = [layer.for_kernels() for layer in self.layers]
+        found = [layer for layer in layers if layer is not None]
+        return KernelLayers(found) if found and len(found) == len(layers) else None
+
 
 class Decoder:
     """A model: spec, weights and rotary table. Assign `weights` to switch to another policy version at once."""
@@ -75,48 +89,48 @@ class Decoder:
         token_ids: Tensor,
         positions: Tensor,
         attend: Attend,
-        tap: Callable[[int, Tensor], None] | None = None,
+        taps: Mapping[int, Callable[[Tensor], object]] = _NO_TAPS,
     ) -> Tensor:
         """Hidden states after the final norm, [R, H], of token_ids int64[R] at positions int64[R].
 
-        Run it under `torch.inference_mode()`; `attend` is called once per layer, in order. `tap` is shown the residual
-        stream [R, H] that enters each layer, by layer index (`num_layers`: that leaves the last), and must copy it.
+        Run it under `torch.inference_mode()`; `attend` is called once per layer, in order. `taps[layer]` is shown the
+        residual stream [R, H] that enters the layer (`num_layers`: that leaves the last), and must copy it.
         """
-        spec, weights = self.spec, self.weights
-        eps, rotated = spec.rms_norm_eps, spec.num_heads + spec.num_kv_heads
-        heads = (token_ids.shape[0], rotated + spec.num_kv_heads, spec.head_dim)
+        x = F.embedding(token_ids, self.weights.embed)
+        run = self._layers(x, *self.rope(positions), attend)
+        done = 0
+        for layer in sorted({*taps, self.spec.num_layers}):
+            run(done, layer)
+            if layer in taps:
+                taps[layer](x)
+            done = layer
+        return norm(x, self.weights.final_norm, self.spec.rms_norm_eps)
 
-        cos, signed_sin = self.rope(positions)
-        x = F.embedding(token_ids, weights.embed)
-        together = self._layers(x, cos, signed_sin, attend)
-        for index, layer in enumerate(weights.layers):
-            if tap is not None:
-                tap(index, x)
-            if together is not None and layer.for_kernels is not None:
-                together(index, layer.for_kernels)
-                continue
+    def _layers(
+        self, x: Tensor, cos: Tensor, signed_sin: Tensor, attend: Attend
+    ) -> Callable[[int, int], None]:
+        """What computes the layers from one up to another, in place of x: kernels in few calls, where they can."""
+        spec, paged = self.spec, getattr(attend, "paged", None)
+        own = self.weights.for_kernels if x.is_cpu and len(x) else None
+        if own is None or own.dtype != x.dtype:
+            return partial(self._one_by_one, x, cos, signed_sin, attend)
+        if paged is not None:
+            return LayersInOneCall(own, x, spec.num_heads, cos, signed_sin, spec.rms_norm_eps, paged)
+        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        return LayersAroundAttention(own, x, heads, cos, signed_sin, spec.rms_norm_eps, attend)
+
+    def _one_by_one(
+        self, x: Tensor, cos: Tensor, signed_sin: Tensor, attend: Attend, start: int, stop: int
+    ) -> None:
+        spec = self.spec
+        eps, rotated = spec.rms_norm_eps, spec.num_heads + spec.num_kv_heads
+        heads = (len(x), rotated + spec.num_kv_heads, spec.head_dim)
+        for index in range(start, stop):
+            layer = self.weights.layers[index]
             qkv = layer.qkv(norm(x, layer.input_norm, eps)).view(heads)
             qk = norm_rotate(qkv, rotated, layer.qk_norm, cos, signed_sin, eps)
             x += layer.o(attend(index, qk[:, : spec.num_heads], qk[:, spec.num_heads :], qkv[:, rotated:]))
             x += layer.down(gated_silu(layer.gate_up(norm(x, layer.post_norm, eps))))
-        if tap is not None:
-            tap(spec.num_layers, x)
-        return norm(x, weights.final_norm, eps)
-
-    def _layers(
-        self, x: Tensor, cos: Tensor, signed_sin: Tensor, attend: Attend
-    ) -> LayersInOneCall | LayersAroundAttention | None:
-        """What computes layers of kernels in fewer calls, on a CPU."""
-        spec, paged = self.spec, getattr(attend, "paged", None)
-        if not x.is_cpu or not len(x):
-            return None
-        if paged is not None:
-            return LayersInOneCall(x, spec.num_heads, cos, signed_sin, spec.rms_norm_eps, paged)
-        first = self.weights.layers[0].for_kernels
-        if first is None or first.dtype != x.dtype:
-            return None
-        heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        return LayersAroundAttention(first.kernels, x, heads, cos, signed_sin, spec.rms_norm_eps, attend)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32[R, padded vocabulary] logits of hidden[R, H]; columns past the vocabulary are -inf."""

@@ -80,16 +80,16 @@ class RotaryTable:
     ) -> None:
         frequencies, scale = inverse_frequencies(spec.rope, spec.head_dim)
         angles = torch.arange(length or spec.max_positions, dtype=torch.float32)[:, None] * frequencies
-        table = torch.cat((angles.cos(), angles.sin()), dim=1) * scale
-        self._table = table.to(device=device, dtype=dtype)  # [positions, head_dim]: half cos, half sin
+        cos, sin = ((x * scale).to(device=device, dtype=dtype) for x in (angles.cos(), angles.sin()))
+        self._cos, self._signed_sin = torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Factors for `rotate` at positions int64[R]: (cos, signed sin), each [R, 1, head_dim].
 
         The first half of the signed sine is negated, so that the rotation needs no negation.
         """
-        cos, sin = self._table[positions].unsqueeze(1).chunk(2, dim=-1)
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        cos, signed_sin = (table.index_select(0, positions) for table in (self._cos, self._signed_sin))
+        return cos.unsqueeze(1), signed_sin.unsqueeze(1)
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:

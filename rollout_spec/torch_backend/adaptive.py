@@ -154,8 +154,8 @@ class Adaptive:
                 tables = torch.full((batch, blocks), cache.scratch_block, device=device)
                 sink = torch.full((batch,), cache.sink_block, device=device)
                 kv_rows = cache.rows(sink, torch.arange(batch, device=device) % cache.block_size)
-                mask = torch.zeros(batch, 1, blocks * cache.block_size, device=device)
-                attend = PagedAttention(cache, Rows(kv_rows, tables, mask), drafting=True)
+                last = torch.full((batch, 1), blocks * cache.block_size - 1, device=device)
+                attend = PagedAttention(cache, Rows(kv_rows, tables, last), drafting=True)
                 states = torch.zeros(
                     batch, drafter.spec.hidden_size, dtype=self._backend.dtype, device=device
                 )

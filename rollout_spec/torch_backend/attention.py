@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -34,32 +35,58 @@ class Rows:
     Attributes:
         kv_rows: Where each row's key and value go, flat cache rows `[R * kv_heads]`.
         tables: Block tables `[B, blocks]`, padded with the scratch block.
-        mask: Added to the scores: 0, or -inf where a query must not look, float32 `[B, S, blocks * block_size]`. What it
-            leaves of the context is one stretch.
+        positions: Of the queries in their sequences `[B, S]`; each sees the entries up to its own.
         scatter: For ragged rows, the place of row r in the `B * S` grid `[R]`; padding rows point past its end.
+        first: The first entry that a sequence's queries see `[B]`; None: 0.
     """
 
     kv_rows: Tensor
     tables: Tensor
-    mask: Tensor
+    positions: Tensor
     scatter: Tensor | None = None
+    first: Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
         """(B, S)"""
-        return self.mask.shape[0], self.mask.shape[1]
+        batch, queries = self.positions.shape
+        return batch, queries
+
+    def mask(self, length: int) -> Tensor:
+        """Added to the scores of `length` entries: 0, or -inf where a query must not look, float32 `[B, S, length]`."""
+        entries = torch.arange(length, device=self.positions.device)
+        hidden = entries > self.positions[:, :, None]
+        if self.first is not None:
+            hidden |= entries < self.first[:, None, None]
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+    def seen(self) -> tuple[Tensor, ...]:
+        """Of each of the R rows, on a CPU: the line of its table, the first entry it sees, and the one behind the last.
+
+        Padding rows see none.
+        """
+        batch, queries = self.grid
+        last = self.positions.flatten() + 1
+        sequences, first = _lines(batch, queries)
+        if self.first is not None:
+            first = self.first[sequences]
+        if self.scatter is not None:
+            place = self.scatter.clamp_max(batch * queries)
+            return tuple(F.pad(x, (0, 1))[place] for x in (sequences, first, last))
+        return sequences, first, last
+
+
+@lru_cache(maxsize=256)
+def _lines(batch: int, queries: int) -> tuple[Tensor, Tensor]:
+    """Of each query of a grid its line, and a zero; on the CPU."""
+    lines = torch.arange(batch).repeat_interleave(queries)
+    return lines, torch.zeros_like(lines)
 
 
 def padded_blocks(count: int) -> int:
     """Smallest 2^i or 3 * 2^i that holds `count` blocks: few table shapes, and a short reduction tree."""
     power = 1 << max(0, count - 1).bit_length()
     return power * 3 // 4 if power >= 4 and power * 3 // 4 >= count else power
-
-
-def causal_mask(positions: Tensor, length: int) -> Tensor:
-    """Mask for queries at `positions [B, S]` over `length` keys: -inf where a key lies after the query."""
-    later = torch.arange(length, device=positions.device) > positions[:, :, None]
-    return torch.zeros(later.shape, device=positions.device).masked_fill_(later, -torch.inf)
 
 
 class PagedAttention:
@@ -94,14 +121,17 @@ class PagedAttention:
             q = grid.index_copy_(0, self.rows.scatter, q)
         q = q[: batch * queries].view(batch, queries, -1, heads // k.shape[1], head_dim)
         attend = self._kernel(q)
-        out = attend(q, self.cache.keys[layer], self.cache.values[layer], self.rows).view(
-            -1, heads * head_dim
-        )
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        out = attend(q, keys, values, self.rows.tables, self._mask).view(-1, heads * head_dim)
         if self.rows.scatter is not None:
             return F.pad(out, (0, 0, 0, 1)).index_select(0, self.rows.scatter)
         return out if len(out) == count else F.pad(out, (0, 0, 0, count - len(out)))
 
-    def _kernel(self, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Rows], Tensor]:
+    @cached_property
+    def _mask(self) -> Tensor:
+        return self.rows.mask(self.rows.tables.shape[1] * self.cache.block_size)
+
+    def _kernel(self, q: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
         if q.is_cuda:
             return _stock
         if not self.drafting:
@@ -110,40 +140,29 @@ class PagedAttention:
 
 
 def _paged(kernels: Kernels, cache: KVCache, rows: Rows) -> PagedRows:
-    seen = _seen(rows)
+    seen = rows.seen()
     count = len(rows.kv_rows) // cache.keys.shape[1]
     if short := count - len(seen[0]):  # padding rows without a place in the grid
         seen = tuple(F.pad(x, (0, short)) for x in seen)
     return PagedRows(kernels, cache.keys, cache.values, rows.kv_rows, rows.tables, *seen)
 
 
-def _seen(rows: Rows) -> tuple[Tensor, ...]:
-    """Of every row: the line of its table, the first entry it sees, and the one behind the last (padding sees none)."""
-    batch, queries = rows.grid
-    visible = rows.mask == 0
-    first = visible.to(torch.uint8).argmax(-1).flatten()
-    seen = torch.arange(batch).repeat_interleave(queries), first, first + visible.sum(-1).flatten()
-    if rows.scatter is None:
-        return seen
-    place = rows.scatter.clamp_max(batch * queries)
-    return tuple(F.pad(x, (0, 1))[place] for x in seen)
-
-
-def _weights(q: Tensor, keys: Tensor, rows: Rows) -> Tensor:
+def _weights(q: Tensor, keys: Tensor, tables: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the context, in q's dtype `[kv_heads * B, S * group, blocks * block_size]`.
 
     Args:
         q: `[B, S, kv_heads, group, head_dim]`.
         keys: `[kv_heads, blocks + 2, block_size, head_dim]`.
-        rows: Tables and mask.
+        tables: See `Rows`.
+        mask: The same.
     """
     batch, queries, kv_heads, group, head_dim = q.shape
     q = q.permute(2, 0, 1, 3, 4).reshape(kv_heads * batch, queries * group, head_dim)
     q = F.pad(q, (0, 0, 0, short)) if (short := _short(q)) else q
-    k = keys.index_select(1, rows.tables.flatten()).view(kv_heads * batch, -1, head_dim)
+    k = keys.index_select(1, tables.flatten()).view(kv_heads * batch, -1, head_dim)
     scores = torch.bmm(q, k.transpose(1, 2))[:, : queries * group]
     scores = scores.view(kv_heads, batch, queries, group, -1)
-    weights = torch.add(rows.mask[:, :, None], scores, alpha=1 / math.sqrt(head_dim)).softmax(-1).to(q.dtype)
+    weights = torch.add(mask[:, :, None], scores, alpha=1 / math.sqrt(head_dim)).softmax(-1).to(q.dtype)
     return weights.view(kv_heads * batch, queries * group, -1)
 
 
@@ -152,27 +171,27 @@ def _short(x: Tensor) -> int:
     return -x.shape[-2] % _ROW_TILE.get(x.dtype, 4)
 
 
-def _fixed_order(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+def _fixed_order(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, mask: Tensor) -> Tensor:
     """q `[B, S, kv_heads, group, head_dim]`, keys and values `[kv_heads, blocks + 2, block_size, head_dim]`.
 
     Returns `[B, S, kv_heads, group, head_dim]`, contiguous.
     """
     batch, queries, kv_heads, group, head_dim = q.shape
-    blocks, block_size = rows.tables.shape[1], keys.shape[2]
-    weights = _weights(q, keys, rows).unflatten(2, (blocks, block_size)).transpose(1, 2).flatten(0, 1)
+    blocks, block_size = tables.shape[1], keys.shape[2]
+    weights = _weights(q, keys, tables, mask).unflatten(2, (blocks, block_size)).transpose(1, 2).flatten(0, 1)
     weights = F.pad(weights, (0, 0, 0, short)) if (short := _short(weights)) else weights
-    out = torch.bmm(weights, values.index_select(1, rows.tables.flatten()).view(-1, block_size, head_dim))
+    out = torch.bmm(weights, values.index_select(1, tables.flatten()).view(-1, block_size, head_dim))
     out = out.view(kv_heads, batch, blocks, -1, head_dim)
     out = out.squeeze(2) if blocks == 1 else _tree_sum(out.float(), 2).to(q.dtype)
     out = out[:, :, : queries * group].view(kv_heads, batch, queries, group, head_dim)
     return out.permute(1, 2, 0, 3, 4).contiguous()
 
 
-def _free_order(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+def _free_order(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, mask: Tensor) -> Tensor:
     """The same in as few products as possible, for CPU drafters: faster than the stock kernel on long contexts."""
     batch, queries, kv_heads, group, head_dim = q.shape
-    v = values.index_select(1, rows.tables.flatten()).view(kv_heads * batch, -1, head_dim)
-    out = torch.bmm(_weights(q, keys, rows), v).view(kv_heads, batch, queries, group, head_dim)
+    v = values.index_select(1, tables.flatten()).view(kv_heads * batch, -1, head_dim)
+    out = torch.bmm(_weights(q, keys, tables, mask), v).view(kv_heads, batch, queries, group, head_dim)
     return out.permute(1, 2, 0, 3, 4).contiguous()
 
 
@@ -186,16 +205,15 @@ def _tree_sum(x: Tensor, dim: int) -> Tensor:
     return x.squeeze(dim)
 
 
-def _stock(q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
+def _stock(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, mask: Tensor) -> Tensor:
     """The same with `scaled_dot_product_attention`; the queries of a group count as rows of its key/value head."""
     batch, queries, kv_heads, group, head_dim = q.shape
-    tables = rows.tables.flatten()
 
     def gather(pages: Tensor) -> Tensor:
-        return pages.index_select(1, tables).view(kv_heads, batch, -1, head_dim).transpose(0, 1)
+        return pages.index_select(1, tables.flatten()).view(kv_heads, batch, -1, head_dim).transpose(0, 1)
 
     q = q.transpose(1, 2).reshape(batch, kv_heads, queries * group, head_dim)
-    mask = rows.mask.to(q.dtype)  # CUDA's kernels want the dtypes to agree; 0 and -inf lose nothing
+    mask = mask.to(q.dtype)  # CUDA's kernels want the dtypes to agree; 0 and -inf lose nothing
     mask = (mask if queries == 1 else mask.repeat_interleave(group, 1))[:, None]
     out = F.scaled_dot_product_attention(q, gather(keys), gather(values), attn_mask=mask)
     return out.view(batch, kv_heads, queries, group, head_dim).transpose(1, 2).contiguous()

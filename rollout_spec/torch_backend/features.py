@@ -9,6 +9,7 @@ writes over them, so that below a sequence's last token every row is that of an 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,13 +61,9 @@ class FeatureStore:
             hidden = model.hidden(ids, positions, attention)
             self._rows.index_copy_(0, places, hidden)
             return hidden
-        parts = dict(zip(self.layers, self._rows.split(self._hidden_size, 1), strict=True))
-
-        def tap(layer: int, stream: Tensor) -> None:
-            if layer in parts:
-                parts[layer].index_copy_(0, places, stream)
-
-        return model.hidden(ids, positions, attention, tap)
+        parts = zip(self.layers, self._rows.split(self._hidden_size, 1), strict=True)
+        taps = {layer: partial(part.index_copy_, 0, places) for layer, part in parts}
+        return model.hidden(ids, positions, attention, taps)
 
     def at(self, places: Tensor) -> Tensor:
         """Features `[R, F]` of flat places `block * block_size + offset`, int64 `[R]`."""

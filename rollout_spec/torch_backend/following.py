@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rollout_spec.drafters.base import FeatureModel
-from rollout_spec.torch_backend.attention import PagedAttention, Rows, causal_mask
+from rollout_spec.torch_backend.attention import PagedAttention, Rows
 from rollout_spec.torch_backend.features import FeatureStore
 from rollout_spec.torch_backend.kv_cache import KVCache
 from rollout_spec.torch_backend.runner import Runner
@@ -110,18 +110,13 @@ class Following:
 
     def _attention(self, positions: np.ndarray, inside: np.ndarray) -> tuple[PagedAttention, Tensor, Tensor]:
         """Attention of the cells `inside` a grid of `positions [B, S]`, their positions, and their places in the cache."""
-        count, width = positions.shape
-        grid, tables = self._to(positions), self._tables[:count]
-        mask = causal_mask(grid, tables.shape[1] * self._cache.block_size)
+        count = len(positions)
+        tables = self._tables[:count]
+        kv_rows = self._to(self._cache.at(tables, positions, inside)[inside])
+        place = None if inside.all() else self._to(np.flatnonzero(inside))
         context = self._to(self._context[:count])
-        mask.masked_fill_(
-            torch.arange(mask.shape[2], device=mask.device) < context[:, None, None], -torch.inf
-        )
-        cells = self._to(np.flatnonzero(inside))
-        kv_rows = self._cache.at(tables, grid, self._to(inside)).view(count * width, -1)[cells]
-        place = None if inside.all() else cells
-        rows = Rows(kv_rows.flatten(), tables, mask, place)
-        return PagedAttention(self._cache, rows, drafting=True), grid.flatten()[cells], kv_rows[:, 0]
+        rows = Rows(kv_rows.flatten(), self._to(tables), self._to(positions), place, context)
+        return PagedAttention(self._cache, rows, drafting=True), self._to(positions[inside]), kv_rows[:, 0]
 
     def _to(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)

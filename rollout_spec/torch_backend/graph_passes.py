@@ -223,7 +223,7 @@ class GraphPasses:
         def compute(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
             drafter = backend.weights.drafter
             assert drafter is not None, "nobody drafts"
-            block, batch = block_of(inputs, self._block_size), SamplingBatch.tempered(inputs["temperature"])
+            block, batch = block_of(inputs), SamplingBatch.tempered(inputs["temperature"])
             zeros = np.zeros(len(inputs["keys"]), np.int64)
             drafts = Drafts(
                 zeros + steps, zeros, None, block, batch, inputs["keys"], self._runner, backend.coupled

@@ -37,7 +37,6 @@ import torch
 from torch import Tensor
 
 from rollout_spec.policy.graph_plan import Graph, GraphPlan, Kind
-from rollout_spec.torch_backend.attention import causal_mask
 from rollout_spec.torch_backend.kv_cache import KVCache
 from rollout_spec.torch_backend.runner import Block, Runner
 
@@ -106,17 +105,16 @@ def block_inputs(block: Block, width: int | None = None) -> dict[str, Tensor]:
     }
 
 
-def block_of(inputs: Mapping[str, Tensor], block_size: int) -> Block:
-    """The block inside a program; its mask follows from the positions, and is made on the device."""
-    mask = causal_mask(inputs["positions"], inputs["tables"].shape[1] * block_size)
-    return Block(**{name: inputs[name] for name in BLOCK_INPUTS}, mask=mask)
+def block_of(inputs: Mapping[str, Tensor]) -> Block:
+    """The block inside a program."""
+    return Block(**{name: inputs[name] for name in BLOCK_INPUTS})
 
 
 def target_program(runner: Runner) -> Program:
     """One pass of the target over `tokens [B, S]`: decoding and verification up to the logits `[B, S, V]`."""
 
     def compute(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        block = block_of(inputs, runner.cache.block_size)
+        block = block_of(inputs)
         return (runner.forward(runner.target, block, inputs["tokens"]),)
 
     return Program((*BLOCK_INPUTS, "tokens"), compute, per_row=(True,))

@@ -75,7 +75,7 @@ class KVCache:
         self._shape = (num_layers, kv_heads, num_blocks + 2, block_size, head_dim)
         self._dtype, self._device = dtype, device
         self.keys = self.values = torch.empty(0)
-        self._head_offsets = torch.arange(kv_heads, device=device) * ((num_blocks + 2) * block_size)
+        self._head_offsets = np.arange(kv_heads) * ((num_blocks + 2) * block_size)
         self.clear()
 
     @property
@@ -92,13 +92,14 @@ class KVCache:
 
     def rows(self, blocks: Tensor, offsets: Tensor) -> Tensor:
         """Flat rows `[R * kv_heads]` of the entries at (block `[R]`, offset `[R]`)."""
-        return ((blocks * self.block_size + offsets)[:, None] + self._head_offsets).flatten()
+        heads = torch.from_numpy(self._head_offsets).to(blocks.device)
+        return ((blocks * self.block_size + offsets)[:, None] + heads).flatten()
 
-    def at(self, tables: Tensor, positions: Tensor, inside: Tensor) -> Tensor:
-        """Flat rows `[B * S * kv_heads]` of `positions [B, S]` by `tables [B, blocks]`; the sink's if not `inside`."""
-        blocks = tables.gather(1, positions // self.block_size)
-        blocks = torch.where(inside, blocks, self.sink_block)
-        return self.rows(blocks.flatten(), (positions % self.block_size).flatten())
+    def at(self, tables: np.ndarray, positions: np.ndarray, inside: np.ndarray) -> np.ndarray:
+        """Flat rows `[B, S, kv_heads]` of `positions [B, S]` by `tables [B, blocks]`; the sink's if not `inside`."""
+        blocks = tables[np.arange(len(tables))[:, None], positions // self.block_size]
+        flat = np.where(inside, blocks, self.sink_block) * self.block_size + positions % self.block_size
+        return flat[:, :, None] + self._head_offsets
 
     def store(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write keys and values `[R, kv_heads, head_dim]` at flat `rows [R * kv_heads]`."""

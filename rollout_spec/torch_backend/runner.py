@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rollout_spec.models.decoder import Decoder
-from rollout_spec.torch_backend.attention import PagedAttention, Rows, causal_mask, padded_blocks
+from rollout_spec.torch_backend.attention import PagedAttention, Rows, padded_blocks
 from rollout_spec.torch_backend.features import FeatureStore
 from rollout_spec.torch_backend.kv_cache import KVCache
 from rollout_spec.torch_backend.scheduler import PrefillChunk
@@ -30,7 +30,6 @@ class Block:
         draft_lengths: `[B]`, on the device.
         kv_rows: Flat cache rows `[B, S, kv_heads]`.
         tables: `[B, blocks]`.
-        mask: Attention mask of the whole block, see `Rows`.
     """
 
     last_tokens: Tensor
@@ -38,7 +37,6 @@ class Block:
     draft_lengths: Tensor
     kv_rows: Tensor
     tables: Tensor
-    mask: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,7 +77,7 @@ class Runner:
         A drafter sees its own keys and values here, not the target's.
         """
         positions = np.arange(start, len(tokens))[None]
-        tables = self.tables(np.asarray(blocks)[None], np.array([len(tokens)]))
+        tables = self.tables(np.array(blocks)[None], np.array([len(tokens)]))
         hidden = self._ragged(model, tokens[None, start:], positions, np.ones_like(positions, bool), tables)
         return model.logits(hidden)[: positions.size]
 
@@ -91,14 +89,12 @@ class Runner:
         inside = column <= draft_lengths[:, None]
         positions = np.where(inside, length[:, None] - 1 + column, 0)
         tables = self.tables(slots.tables[rows], length + draft_lengths)
-        device_positions = self._device(positions)
         return Block(
             last_tokens=self._device(slots.tokens[rows, length - 1]),
-            positions=device_positions,
+            positions=self._device(positions),
             draft_lengths=self._device(draft_lengths),
-            kv_rows=self.cache.at(tables, device_positions, self._device(inside)).view(len(rows), width, -1),
-            tables=tables,
-            mask=causal_mask(device_positions, tables.shape[1] * self.cache.block_size),
+            kv_rows=self._device(self.cache.at(tables, positions, inside)),
+            tables=self._device(tables),
         )
 
     def forward(
@@ -127,15 +123,13 @@ class Runner:
         batch, count = tokens.shape
         if isinstance(first, int):
             span = slice(first, first + count)
-            positions, kv_rows, mask = (x[:batch, span] for x in (block.positions, block.kv_rows, block.mask))
+            grid, kv_rows = block.positions[:batch, span], block.kv_rows[:batch, span]
         else:
             columns = first[:, None] + torch.arange(count, device=self.device)
             columns = columns.clamp_max(block.shape[1] - 1)  # of cells that are not computed
-            positions = block.positions[:batch].gather(1, columns)
-            kv_rows, mask = (
-                x[:batch].take_along_dim(columns.unsqueeze(-1), 1) for x in (block.kv_rows, block.mask)
-            )
-        ids, positions, kv_rows = tokens.flatten(), positions.flatten(), kv_rows.flatten(0, 1)
+            grid = block.positions[:batch].gather(1, columns)
+            kv_rows = block.kv_rows[:batch].take_along_dim(columns.unsqueeze(-1), 1)
+        ids, positions, kv_rows = tokens.flatten(), grid.flatten(), kv_rows.flatten(0, 1)
         if cells is not None:
             ids, positions, kv_rows = ids[cells], positions[cells], kv_rows[cells]
         rows, place = len(ids), cells
@@ -145,7 +139,7 @@ class Runner:
             kv_rows = torch.cat((kv_rows.flatten(), self._sink_rows(pad)))
             if place is not None:
                 place = torch.cat((place, place.new_full((pad,), batch * count)))
-        attention = self._attention(model, Rows(kv_rows.flatten(), block.tables[:batch], mask, place))
+        attention = self._attention(model, Rows(kv_rows.flatten(), block.tables[:batch], grid, place))
         hidden = self._hidden(model, ids, positions, attention)
         if wanted is not None:
             return model.logits(hidden[wanted])[:, None]
@@ -153,26 +147,19 @@ class Runner:
         return model.logits(hidden)[:rows].view(*shape, -1)
 
     def _ragged(
-        self, model: Decoder, tokens: np.ndarray, positions: np.ndarray, valid: np.ndarray, tables: Tensor
+        self, model: Decoder, tokens: np.ndarray, positions: np.ndarray, valid: np.ndarray, tables: np.ndarray
     ) -> Tensor:
         """Hidden states of the `valid` entries of a `[B, S]` grid, row by row, then padding rows."""
-        place = np.flatnonzero(valid)
-        pad = max(0, self._least_rows - len(place))
-        grid_positions = self._device(positions)
-        index = self._device(place)
-        kv_rows = (
-            self.cache.at(tables, grid_positions, self._device(valid))
-            .view(positions.size, -1)[index]
-            .flatten()
-        )
-        ids, flat = self._device(tokens.reshape(-1)[place]), grid_positions.flatten()[index]
-        if pad:
+        ids, flat = (self._device(x[valid]) for x in (tokens, positions))
+        kv_rows = self._device(self.cache.at(tables, positions, valid)[valid]).flatten()
+        place = None if valid.all() else self._device(np.flatnonzero(valid))
+        pad = self._least_rows - len(ids)
+        if pad > 0:
             ids, flat = (torch.cat((x, x.new_zeros(pad))) for x in (ids, flat))
             kv_rows = torch.cat((kv_rows, self._sink_rows(pad)))
-            index = torch.cat((index, index.new_full((pad,), positions.size)))
-        rows = Rows(
-            kv_rows, tables, causal_mask(grid_positions, tables.shape[1] * self.cache.block_size), index
-        )
+            if place is not None:
+                place = torch.cat((place, place.new_full((pad,), positions.size)))
+        rows = Rows(kv_rows, self._device(tables), self._device(positions), place)
         return self._hidden(model, ids, flat, self._attention(model, rows))
 
     @property
@@ -187,7 +174,7 @@ class Runner:
     def _attention(self, model: Decoder, rows: Rows) -> PagedAttention:
         return PagedAttention(self.cache, rows, drafting=model is not self.target)
 
-    def tables(self, tables: np.ndarray, tokens: np.ndarray) -> Tensor:
+    def tables(self, tables: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Block tables cut or padded to what `tokens [B]` need; blocks past a sequence's own are scratch."""
         count = -(-tokens // self.cache.block_size)
         width = padded_blocks(int(count.max()))
@@ -195,9 +182,7 @@ class Runner:
             tables = np.pad(
                 tables, ((0, 0), (0, width - tables.shape[1])), constant_values=self.cache.scratch_block
             )
-        return self._device(
-            np.where(np.arange(width) < count[:, None], tables[:, :width], self.cache.scratch_block)
-        )
+        return np.where(np.arange(width) < count[:, None], tables[:, :width], self.cache.scratch_block)
 
     def _sink_rows(self, count: int) -> Tensor:
         blocks = torch.full((count,), self.cache.sink_block, device=self.device)

@@ -1,13 +1,14 @@
 """Attention over the paged cache: right within rounding, and to the bit independent of what it is computed with."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rollout_spec import SamplingParams
 from rollout_spec.policy.baselines import RandomLengths
-from rollout_spec.torch_backend.attention import PagedAttention, Rows, causal_mask, padded_blocks
+from rollout_spec.torch_backend.attention import PagedAttention, Rows, padded_blocks
 from rollout_spec.torch_backend.kv_cache import KVCache
 
 from .conftest import DRAFTER
@@ -56,7 +57,7 @@ class Sequences:
             tables[line, : len(own)] = own
         positions = torch.tensor([p for _, p in queries])
         kv_rows = torch.cat([self.kv_rows(row, torch.tensor(p)) for row, p in queries])
-        return Rows(kv_rows, tables, causal_mask(positions, count * self.cache.block_size))
+        return Rows(kv_rows, tables, positions)
 
     def attend(self, queries, extra_blocks=0, drafting=False):
         """Outputs `[rows, heads * head_dim]`, row after row of `queries`."""
@@ -193,14 +194,28 @@ def test_ragged_rows_and_padding_rows(count, drafting):
     scratch = sequences.cache.rows(torch.full((pad,), sequences.cache.scratch_block), torch.arange(pad))
     kv_rows = torch.cat([grid.kv_rows.view(6, -1)[place].flatten(), scratch])
     scatter = torch.cat([place, torch.full((pad,), 6)])
-    rows = Rows(kv_rows, grid.tables, grid.mask, scatter)
+    rows = Rows(kv_rows, grid.tables, grid.positions, scatter)
     fed = [torch.cat([x[place], torch.full_like(x[:pad], 3.0)]) for x in (q, k, v)]
     found = PagedAttention(sequences.cache, rows, drafting=drafting)(0, *fed)
     assert torch.equal(found[: len(place)], even[place]) and not found[len(place) :].any()
-    unscattered = Rows(torch.cat([grid.kv_rows, scratch]), grid.tables, grid.mask)
+    unscattered = Rows(torch.cat([grid.kv_rows, scratch]), grid.tables, grid.positions)
     fed = [torch.cat([x, torch.full_like(x[:pad], 3.0)]) for x in (q, k, v)]
     found = PagedAttention(sequences.cache, unscattered, drafting=drafting)(0, *fed)
     assert torch.equal(found[:6], even) and not found[6:].any()
+
+
+def test_a_sequence_may_see_less_than_its_beginning(drafting):
+    """From `first` on, whatever lies before."""
+    sequences = Sequences([60, 40], dtype=torch.float32)
+    queries = [(0, [20, 59]), (1, [38, 39])]
+    q, k, v = (torch.cat([x[row][p] for row, p in queries]) for x in (sequences.q, sequences.k, sequences.v))
+    rows = replace(sequences.rows(queries), first=torch.tensor([17, 38]))
+    found = PagedAttention(sequences.cache, rows, drafting=drafting)(0, q, k, v)
+    for row, first in ((0, 17), (1, 38)):
+        for x in (sequences.q, sequences.k, sequences.v):
+            x[row] = x[row][first:]
+    expected = torch.cat([sequences.reference(0, [3, 42]), sequences.reference(1, [0, 1])])
+    assert (found.double() - expected).abs().max() < TOLERANCE[torch.float32]
 
 
 def test_table_widths():

@@ -212,7 +212,7 @@ class Decoding:
         """The whole loop, with sampling: coupled drafts from the raw distribution."""
 
         def compute(inputs):
-            block = block_of(inputs, self.cache.block_size)
+            block = block_of(inputs)
             round = self.round(block, inputs["keys"], kind.width)
             proposal = self.drafter.propose(round)
             return torch.cat(proposal.tokens, 1), proposal.healthy.expand(len(block.last_tokens))

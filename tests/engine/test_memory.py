@@ -194,7 +194,7 @@ def one_position_early(monkeypatch):
     at = KVCache.at
 
     def early(self, tables, positions, inside):
-        return at(self, tables, (positions - 1).clamp_min(0), inside)
+        return at(self, tables, (positions - 1).clip(0), inside)
 
     monkeypatch.setattr(KVCache, "at", early)
 

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from rollout_spec.drafters.quantizers.kernel import KernelQuantizedLinear
-from rollout_spec.kernels.decoder_layer import LayersAroundAttention, LayersInOneCall, PagedRows
+from rollout_spec.kernels.decoder_layer import (
+    KernelLayers,
+    LayersAroundAttention,
+    LayersInOneCall,
+    PagedRows,
+)
 from rollout_spec.models.decoder import LayerWeights
 from rollout_spec.models.linear import KernelLinear, PlainLinear
 
@@ -38,6 +43,10 @@ def make_layer(kernels, kind, dtype, normed, bias, seed):
     )
 
 
+def together(layers):
+    return KernelLayers([layer.for_kernels() for layer in layers])
+
+
 class Batch:
     """Rows of two sequences in a cache that has something in every entry; the last row sees nothing."""
 
@@ -56,15 +65,15 @@ class Batch:
         flat = self.tables[self.sequences, place // BLOCK] * BLOCK + place % BLOCK
         self.cache_rows = (flat[:, None] + torch.arange(KV_HEADS) * BLOCKS * BLOCK).flatten()
 
-    def in_one_call(self, layers):
+    def in_one_call(self, layers, stops=(LAYERS,)):
         at = PagedRows(
             self.kernels, self.keys, self.values, self.cache_rows, self.tables, self.sequences, self.first, self.last
         )  # fmt: skip
-        run = LayersInOneCall(self.x, HEADS, self.cosine, self.sine, EPS, at)
-        for index, layer in enumerate(layers):
-            run(index, layer.for_kernels)
+        run = LayersInOneCall(together(layers), self.x, HEADS, self.cosine, self.sine, EPS, at)
+        for start, stop in pairwise((0, *stops)):
+            run(start, stop)
 
-    def around_attention(self, layers):
+    def around_attention(self, layers, stops=(LAYERS,)):
         """With the attention of a caller, who may hand back what is not contiguous."""
         heads = HEADS, KV_HEADS, DIM
 
@@ -74,9 +83,9 @@ class Batch:
             seen = self.tables, self.sequences, self.first, self.last
             return self.kernels.attention(q, keys, values, *seen).t().contiguous().t()
 
-        run = LayersAroundAttention(self.kernels, self.x, heads, self.cosine, self.sine, EPS, attend)
-        for index, layer in enumerate(layers):
-            run(index, layer.for_kernels)
+        run = LayersAroundAttention(together(layers), self.x, heads, self.cosine, self.sine, EPS, attend)
+        for start, stop in pairwise((0, *stops)):
+            run(start, stop)
 
     def one_by_one(self, layers):
         own, rotated = self.kernels, HEADS + KV_HEADS
@@ -108,6 +117,16 @@ def test_it_is_the_kernels_one_by_one(kernels, threads, kind, dtype, rows, norme
 
 
 @pytest.mark.parametrize("way", ["in_one_call", "around_attention"])
+def test_they_can_be_run_in_parts(kernels, way):
+    layers = [make_layer(kernels, "bf16", torch.bfloat16, True, False, 10 * n) for n in range(LAYERS)]
+    whole, parts = Batch(kernels, 3, torch.bfloat16), Batch(kernels, 3, torch.bfloat16)
+    getattr(whole, way)(layers)
+    getattr(parts, way)(layers, stops=(0, 1, LAYERS))
+    for name in ("x", "keys", "values"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name)), name
+
+
+@pytest.mark.parametrize("way", ["in_one_call", "around_attention"])
 def test_layers_are_not_confused(kernels, way):
     layers = [make_layer(kernels, "bf16", torch.bfloat16, True, False, 10 * n) for n in range(LAYERS)]
     outputs = []
@@ -120,11 +139,11 @@ def test_layers_are_not_confused(kernels, way):
 
 def test_a_layer_with_a_part_that_has_no_kernel_has_none(kernels):
     layer = make_layer(kernels, "bf16", torch.bfloat16, True, False, 0)
-    assert layer.for_kernels is not None and layer.for_kernels is layer.for_kernels
+    assert layer.for_kernels() is not None
     parts = {
         name: getattr(layer, name) for name in ("input_norm", "qk_norm", "post_norm", "qkv", "o", "gate_up")
     }
-    assert LayerWeights(**parts, down=PlainLinear(layer.down.dense())).for_kernels is None
-    assert make_layer(kernels, "nf4", torch.bfloat16, True, True, 0).for_kernels is None, (
+    assert LayerWeights(**parts, down=PlainLinear(layer.down.dense())).for_kernels() is None
+    assert make_layer(kernels, "nf4", torch.bfloat16, True, True, 0).for_kernels() is None, (
         "its bias is added apart"
     )

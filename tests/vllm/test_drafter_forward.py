@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,15 +105,15 @@ def test_it_computes_what_vllm_computes(
 def test_layers_around_attention_change_no_bit(
     engines: Engines, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    calls: list[int] = []
+    calls: list[tuple[int, int]] = []
     run = LayersAroundAttention.__call__
-    monkeypatch.setattr(LayersAroundAttention, "__call__", lambda *a: (calls.append(a[1]), run(*a))[1])
+    monkeypatch.setattr(LayersAroundAttention, "__call__", lambda *a: (calls.append(a[1:]), run(*a))[1])
     engine = engines(**llm_arguments(POLICY, {"drafter": "nf4"}) | {"dtype": dtype})
     calls.clear()
     tokens = prompts(1, 150)[0]
     around = scores(engine, tokens)
-    assert sorted(set(calls)) == list(range(len(engine.drafter.model.model.layers)))
-    monkeypatch.setattr(Decoder, "_layers", lambda *_: None)
+    assert set(calls) == {(0, len(engine.drafter.model.model.layers))}
+    monkeypatch.setattr(Decoder, "_layers", lambda *a: partial(Decoder._one_by_one, *a))
     assert torch.equal(scores(engine, tokens), around)
 
 
