@@ -2,11 +2,14 @@
 
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from time import perf_counter, sleep
 
 import pytest
+import torch
 
 from rollout_spec import RolloutEngine, SamplingParams
+from rollout_spec.benchmarks import turns
 from rollout_spec.benchmarks.turns import Work, in_turns
 from rollout_spec.policy.baselines import Fixed, Off, Stateless
 from rollout_spec.policy.records import Plan, Reason
@@ -85,6 +88,40 @@ def test_a_failure_is_raised_and_the_others_finish(engines):
         in_turns(works(engines, Noted("one", log, fails_at=15), Noted("two", log)), slice_seconds=SLICE)
     assert log.count("two") == 40
     assert [policy.name for policy in (engine.backend.policy for engine in engines)] == ["one", "two"]
+
+
+TASKS = Path("/proc/self/task")
+
+
+class Counting(Fixed):
+    """Drafts, and notes how many threads this process has."""
+
+    def __init__(self, counts):
+        super().__init__(3)
+        self.counts = counts
+
+    def plan(self, state):
+        self.counts.append(sum(1 for _ in TASKS.iterdir()))
+        return super().plan(state)
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="nobody says how many threads there are")
+def test_nobody_keeps_helpers_while_others_work(engines, monkeypatch):
+    """Each engine's thread has a helper in its turn; together they would outnumber two processors."""
+
+    def most_threads():
+        counts = []
+        in_turns(works(engines, Counting(counts), Counting(counts)), slice_seconds=0.005)
+        return max(counts)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        let_go = most_threads()
+        monkeypatch.setattr(turns, "_let_helpers_go", lambda: None)
+        assert most_threads() > let_go
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_works_need_engines_of_their_own(engines):

@@ -94,7 +94,7 @@ def build(name: str, extra: Sequence[str] = ()) -> Path:
     """
     sources = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
     flags = (*FLAGS, *EXACT, *SILENT, *VARIANTS[name][1], *extra)
-    openmp = _openmp_of_this_process()
+    openmp = openmp_of_this_process()
     digest = hashlib.sha256(repr((flags, openmp and Path(openmp).name)).encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -145,7 +145,7 @@ def _last_error(output: str) -> str:
 
 
 @cache
-def _openmp_of_this_process() -> str | None:
+def openmp_of_this_process() -> str | None:
     """The OpenMP runtime that torch has loaded: a second one would bring a second team of busy threads."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8")
