@@ -85,7 +85,7 @@ class Passes:
 
     def _draft(self, inputs: Mapping[str, Tensor], steps: int) -> tuple[Tensor, ...]:
         assert self.drafter is not None, "nobody drafts"
-        block, keys = block_of(inputs, self.runner.cache.block_size), inputs["keys"]
+        block, keys = block_of(inputs), inputs["keys"]
 
         def forward(model, tokens: Tensor | None, step: int) -> Tensor:  # type: ignore[no-untyped-def]
             fed = block.last_tokens[:, None] if tokens is None else tokens
@@ -101,7 +101,7 @@ class Passes:
         return (torch.cat(self.drafter.propose(round).tokens, 1),)
 
     def _verify(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        block, tokens = block_of(inputs, self.runner.cache.block_size), inputs["tokens"]
+        block, tokens = block_of(inputs), inputs["tokens"]
         logits = self.runner.forward(self.runner.target, block, tokens)
         drafts = tokens[:, 1:] if tokens.shape[1] > 1 else None
         return tuple(verify_coupled(logits, drafts, block.draft_lengths, inputs["keys"]))
