@@ -4,8 +4,8 @@ Machines drift within seconds, and whole rollouts take longer than that. Cut int
 the same drift.
 
 Each works in a thread of its own, for which torch's OpenMP runtime keeps helpers. If all such threads outnumber the
-processors, asleep or not, the runtime no longer lets them spin where they wait for each other, and every pass takes some
-15 % longer. So helpers are let go at the end of a turn.
+processors, asleep or not, the runtime no longer lets them spin where they wait for each other, and every pass takes
+longer. So helpers are let go at the end of a turn.
 """
 
 from __future__ import annotations

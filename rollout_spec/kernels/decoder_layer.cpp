@@ -1,5 +1,6 @@
-// Decoder layers in one call, or each in two around attention that is somebody else's: what the other kernels do one after
-// the other, to the bit, without a way back to the caller in between, which for few rows takes as long as many of them.
+// Decoder layers in one call, or each in two around attention that is somebody else's: what the other kernels do one
+// after the other, to the bit, without a way back to the caller in between, which for few rows takes as long as many of
+// them.
 #include "kernels.h"
 
 namespace {

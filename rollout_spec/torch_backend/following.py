@@ -65,6 +65,7 @@ class Following:
         known = self._slots.length[rows]
         self._last = np.maximum(known - 2, 0)  # the pair that predicts the next token
         self._tables = follower.runner.tables(self._slots.tables[rows], known + lengths[: len(rows)])
+        self._device_tables = self._to(self._tables)
         self._context = self._slots.features[rows, CONTEXT]
 
     def __call__(
@@ -111,11 +112,10 @@ class Following:
     def _attention(self, positions: np.ndarray, inside: np.ndarray) -> tuple[PagedAttention, Tensor, Tensor]:
         """Attention of the cells `inside` a grid of `positions [B, S]`, their positions, and their places in the cache."""
         count = len(positions)
-        tables = self._tables[:count]
-        kv_rows = self._to(self._cache.at(tables, positions, inside)[inside])
+        kv_rows = self._to(self._cache.at(self._tables[:count], positions, inside)[inside])
         place = None if inside.all() else self._to(np.flatnonzero(inside))
         context = self._to(self._context[:count])
-        rows = Rows(kv_rows.flatten(), self._to(tables), self._to(positions), place, context)
+        rows = Rows(kv_rows.flatten(), self._device_tables[:count], self._to(positions), place, context)
         return PagedAttention(self._cache, rows, drafting=True), self._to(positions[inside]), kv_rows[:, 0]
 
     def _to(self, array: np.ndarray) -> Tensor:

@@ -1,4 +1,4 @@
-"""Drafts of history and of a drafter in one ragged block, under rejection sampling."""
+"""Drafts of history and of a drafter in one ragged block."""
 
 import math
 from types import SimpleNamespace
@@ -44,3 +44,22 @@ def test_every_draft_is_judged_by_the_distribution_it_was_drawn_from(seed):
     for b in range(batch):
         emitted = int(expected.emitted[b])
         assert torch.equal(found.tokens[b, :emitted], expected.tokens[b, :emitted])
+
+
+def test_rows_may_begin_at_another_column_in_every_sequence(make_engine):
+    """As drafts behind history's do: a row has the logits that it has in a pass over the whole block."""
+    backend = make_engine().backend
+    runner, size, rng = backend.runner, backend.config.block_size, np.random.default_rng(0)
+    length, first = np.array([size + 9, 6]), torch.tensor([2, 1])
+    tokens = rng.integers(0, backend.spec.vocab_size, (2, size + 20))
+    tables = np.array([backend.pool.allocate(2) for _ in length])
+    slots = SimpleNamespace(tables=tables, length=length, tokens=tokens)
+    with torch.inference_mode():
+        for row, count in enumerate(length):
+            runner.score(runner.target, tokens[row, :count], tables[row])
+        block = runner.block(slots, np.arange(2), np.array([3, 3]))
+        fed = torch.from_numpy(np.stack([row[n - 1 : n + 3] for row, n in zip(tokens, length)]))
+        whole = runner.forward(runner.target, block, fed)
+        found = runner.forward(runner.target, block, fed.gather(1, first[:, None]), first)
+    assert torch.allclose(found[:, 0], whole[torch.arange(2), first], atol=1e-5)
+    assert not torch.allclose(whole[:, 1], whole[:, 2], atol=1e-2)
