@@ -141,7 +141,6 @@ EXPORT int64_t bf16_packed_size(int64_t n, int64_t k) { return round_up(n, PANEL
 
 EXPORT void bf16_pack(const bf16* weight, int64_t n, int64_t k, bf16* packed, int threads) {
     int64_t panels = round_up(n, PANEL * BF16_PANELS) / PANEL, padded = round_up(k, 2);
-    prefer_large_pages(packed, bf16_packed_size(n, k) * sizeof(bf16));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         bf16* rows = allocate<bf16>(PANEL * padded);  // of a panel that is not whole

@@ -1,19 +1,8 @@
 // What packing needs, in AVX2, which every variant has: 16 rows to lines, and floats to small integers.
 #pragma once
-#include <sys/mman.h>
-
 #include "simd.h"
 
 namespace {
-
-// Large pages, if the system gives them, for weights that are about to be written: passes stream through them.
-inline void prefer_large_pages(void* start, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t LARGE = 1 << 21;
-    uintptr_t first = ((uintptr_t)start + LARGE - 1) & ~(LARGE - 1), last = ((uintptr_t)start + bytes) & ~(LARGE - 1);
-    if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#endif
-}
 
 // 8 rows of 8 words, `stride` words apart, to 8 lines of 16 words, `next` words apart, whose first 8 are filled.
 inline void transpose_8x8(const uint32_t* rows, int64_t stride, uint32_t* lines, int64_t next) {

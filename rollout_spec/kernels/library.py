@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rollout_spec.kernels.build import Unavailable, build, variant
+from rollout_spec.kernels.memory import WeightMemory
 
 logger = logging.getLogger("rollout_spec")
 
@@ -61,6 +62,7 @@ class Kernels:
 
     def __init__(self, path: Path, variant: str) -> None:
         self.variant, self.build = variant, path.stem
+        self._memory = WeightMemory()
         self.library = library = ctypes.CDLL(str(path))
         for name, (arguments, result) in _SIGNATURES.items():
             function = getattr(library, name)
@@ -69,7 +71,7 @@ class Kernels:
     def pack_bf16(self, weight: Tensor) -> Tensor:
         """bfloat16 weight [N, K] -> its packed form, flat bfloat16; see `bf16_linear.cpp`."""
         weight = _checked(weight, torch.bfloat16, 2)
-        packed = torch.empty(self.library.bf16_packed_size(*weight.shape), dtype=torch.bfloat16)
+        packed = self._memory.take(self.library.bf16_packed_size(*weight.shape), torch.bfloat16)
         self.library.bf16_pack(weight.data_ptr(), *weight.shape, packed.data_ptr(), torch.get_num_threads())
         return packed
 
@@ -97,7 +99,7 @@ class Kernels:
         of their group NaN.
         """
         weight = weight.contiguous()
-        packed = torch.empty(self.library.quantized_size(KINDS[kind], *weight.shape), dtype=torch.uint8)
+        packed = self._memory.take(self.library.quantized_size(KINDS[kind], *weight.shape), torch.uint8)
         scales = torch.empty(-(-weight.shape[0] // 16) * 16, dtype=torch.float32) if kind == "int8" else None
         self.library.quantize(
             KINDS[kind], _is_bf16(weight), weight.data_ptr(), *weight.shape, packed.data_ptr(),

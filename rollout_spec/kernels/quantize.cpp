@@ -140,7 +140,6 @@ EXPORT int64_t quantized_size(int kind, int64_t n, int64_t k) {
 EXPORT void quantize(int kind, int is_bf16, const void* weight, int64_t n, int64_t k, uint8_t* packed, float* scales,
                      int threads) {
     int64_t panels = round_up(n, PANEL) / PANEL, columns = round_up(k, GROUP), groups = columns / GROUP;
-    prefer_large_pages(packed, quantized_size(kind, n, k));
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Panel panel = {allocate<float>(columns), allocate<int8_t>(columns * PANEL), allocate<bf16>(groups * PANEL),

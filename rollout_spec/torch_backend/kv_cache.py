@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from rollout_spec.contracts import invalid
 from rollout_spec.kernels.library import Kernels, kernels
+from rollout_spec.kernels.memory import zeros_on_large_pages
 
 
 class OutOfBlocks(Exception):
@@ -138,12 +141,16 @@ class KVCache:
             self.values.zero_()
             return
         try:
-            self.keys = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-            self.values = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-        except RuntimeError as error:
+            self.keys, self.values = self._zeros(), self._zeros()
+        except (RuntimeError, MemoryError) as error:
             self.release()
             remedy = f"no memory for this KV cache; lower kv_cache_tokens or kv_cache_bytes ({error})"
             raise invalid("kv_cache_tokens", self.num_blocks * self.block_size, remedy) from error
+
+    def _zeros(self) -> Tensor:
+        if self._device.type == "cpu":
+            return zeros_on_large_pages(math.prod(self._shape), self._dtype).view(self._shape)
+        return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
 
     @property
     def released(self) -> bool:

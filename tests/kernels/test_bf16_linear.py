@@ -1,7 +1,5 @@
 """The bf16 product: right against float64, and to the bit independent of rows, neighbours and threads."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -94,25 +92,3 @@ def test_threads_and_layout_of_the_input_do_not_matter(kernels):
 
 def test_no_rows_give_no_rows(kernels):
     assert kernels.bf16_linear(gaussian(0, 8), kernels.pack_bf16(gaussian(5, 8)), 5, None).shape == (0, 5)
-
-
-def asks_for_large_pages(tensor):
-    """Whether the mapping that the middle of the tensor lies in was advised so, by /proc/self/smaps."""
-    middle, inside = tensor.data_ptr() + tensor.nbytes // 2, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if not first.endswith(":"):
-            start, stop = (int(part, 16) for part in first.split("-"))
-            inside = start <= middle < stop
-        elif inside and first == "VmFlags:":
-            return "hg" in line.split()
-    raise AssertionError("no mapping holds the tensor")
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages"
-)
-def test_packed_weights_ask_for_large_pages(kernels):
-    weight = gaussian(2048, 2048)
-    assert asks_for_large_pages(kernels.pack_bf16(weight))
-    assert asks_for_large_pages(kernels.quantize("nf4", weight.repeat(4, 1))[0])
