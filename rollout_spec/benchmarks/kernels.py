@@ -24,6 +24,7 @@ from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import load_problems
 from rollout_spec.kernels.decoder_layer import LayersInOneCall
 from rollout_spec.kernels.library import kernels
+from rollout_spec.kernels.memory import WeightMemory
 from rollout_spec.models.checkpoint import read_checkpoint
 from rollout_spec.models.weights import WeightAssembler, is_linear
 from rollout_spec.policy.baselines import Delegate, Fixed, Off
@@ -225,7 +226,7 @@ class KernelBenchmark:
             }
 
     def requantization(self) -> None:
-        """The drafter's linears from a stream of tensors, against copying the same tensors."""
+        """The drafter's linears from a stream of tensors, against copying the same tensors to memory of the same kind."""
         quantizer = get_quantizer(str(self.notes["drafter"]), "cpu", torch.bfloat16)
         stored = [(name, tensor.to(torch.bfloat16)) for name, tensor in read_checkpoint(self.path)]
         assembler = WeightAssembler(self.engine.backend.spec, torch.bfloat16)
@@ -233,7 +234,8 @@ class KernelBenchmark:
         linears = [piece.weight for piece in pieces if is_linear(piece.slot)]
 
         def copy() -> list[Tensor]:
-            return [weight.clone() for weight in linears]
+            memory = WeightMemory()
+            return [memory.take(x.numel(), x.dtype).view(x.shape).copy_(x) for x in linears]
 
         def quantize() -> list[object]:
             return [quantizer.quantize(weight) for weight in linears]

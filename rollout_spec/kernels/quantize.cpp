@@ -35,18 +35,31 @@ Range range_of(const float* x, int64_t count) {
     return range;
 }
 
+// Between the levels code and code + 1.
+float boundary(int code) { return (NF4_LEVELS[code] + NF4_LEVELS[code + 1]) / 2; }
+
+// A bit of the codes at a time, from the highest. What is found so far is kept negative, as comparisons give it, and
+// boundaries are looked up by its last three bits.
 void nf4_codes(const float* x, int64_t count, float largest, int8_t* codes) {
-    float inverse = 1 / largest;
+    float third[8], fourth[8];
+    for (int found = 0; found < 8; found++) {
+        third[-found & 7] = boundary(4 * (found % 4) + 1);
+        fourth[-found & 7] = boundary(2 * found);
+    }
+    const __m256 thirds = _mm256_loadu_ps(third), fourths = _mm256_loadu_ps(fourth), inverse = _mm256_set1_ps(1 / largest);
+    const __m256 low = _mm256_set1_ps(boundary(3)), middle = _mm256_set1_ps(boundary(7));
+    const __m256 high = _mm256_set1_ps(boundary(11));
+    auto above = [](__m256 v, __m256 boundary) { return _mm256_castps_si256(_mm256_cmp_ps(v, boundary, _CMP_GT_OQ)); };
+    auto append = [](__m256i found, __m256i bit) { return _mm256_add_epi32(_mm256_add_epi32(found, found), bit); };
     for (int64_t i = 0; i < count; i += 4 * WIDTH) {
         __m256i four[4];
         for (int part = 0; part < 4; part++) {
-            Floats v;
-            memcpy(&v, x + i + part * WIDTH, sizeof v);
-            v *= inverse;
-            Ints above = {};  // minus the number of boundaries below v
-#pragma GCC unroll 15
-            for (int j = 0; j < 15; j++) above += v > (NF4_LEVELS[j] + NF4_LEVELS[j + 1]) / 2;
-            four[part] = (__m256i)-above;
+            __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i + part * WIDTH), inverse);
+            __m256i found = above(v, middle);
+            found = append(found, above(v, _mm256_blendv_ps(low, high, _mm256_castsi256_ps(found))));
+            found = append(found, above(v, _mm256_permutevar8x32_ps(thirds, found)));
+            found = append(found, above(v, _mm256_permutevar8x32_ps(fourths, found)));
+            four[part] = _mm256_sub_epi32(_mm256_setzero_si256(), found);
         }
         _mm256_storeu_si256((__m256i*)(codes + i), bytes_of(four));
     }

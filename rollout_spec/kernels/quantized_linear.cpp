@@ -19,12 +19,12 @@ constexpr int64_t CODES = LINES * 64;  // bytes of a block's codes
 
 constexpr int FEW_ROWS = 2;
 
-// Fetch what lies ahead of `w`, a line at this distance from the beginning of a panel. The processor fetches memory by
-// itself, which is all that few rows wait for, but up to the end of a page: of the next one it needs the beginning.
+// Fetch what lies ahead of `w`. The processor fetches memory by itself, which is all that few rows wait for, but up to the
+// end of a page: of the next one it needs the beginning.
 template <bool FEW>
-INLINE void fetch(const uint8_t* w, int64_t distance) {
-    if (!FEW) __builtin_prefetch(w + 2048);
-    if (distance % PAGE < PAGE / 4) __builtin_prefetch(w + PAGE, 0, SECOND_CACHE);
+INLINE void fetch(const uint8_t* w) {
+    if (!FEW) __builtin_prefetch(w + 3072);
+    if ((uintptr_t)w % PAGE < PAGE / 4) __builtin_prefetch(w + PAGE, 0, SECOND_CACHE);
 }
 
 INLINE void widen_bytes(const int8_t* x, int64_t count, int16_t* out) {
@@ -32,13 +32,14 @@ INLINE void widen_bytes(const int8_t* x, int64_t count, int16_t* out) {
 }
 INLINE void widen_bytes(const int8_t* x, int64_t count, int8_t* out) { memcpy(out, x, count); }
 
-// Rows of x as 8-bit integers times a scale per row, with the sums of every group of 64.
+// Rows of x as 8-bit integers times a scale per row, with the sums of every group of 64, each times `factor`.
 template <typename Operand>
 struct Activations {
     Operand* values;
     int32_t* sums;
     float* scales;
     int64_t rows, columns, groups;
+    int32_t factor;
 
     template <typename Float>
     void quantize(const Float* x, int64_t row, int64_t k) const {
@@ -58,7 +59,7 @@ struct Activations {
             if (finite) round_to_bytes(part, GROUP, 0, 127 / limit, -127, 127, bytes);
             int32_t sum = 0;
             for (int64_t i = 0; i < GROUP; i++) sum += bytes[i];
-            sums[row * groups + g] = sum;
+            sums[row * groups + g] = factor * sum;
             widen_bytes(bytes, GROUP, values + row * columns + g * GROUP);
         }
     }
@@ -86,7 +87,7 @@ struct Output {
 
 struct Int8 {
     typedef int8_operand Operand;
-    static constexpr int ROWS = INT8_ROWS;
+    static constexpr int ROWS = INT8_ROWS, SUM_FACTOR = 1;
     static int64_t panel_bytes(int64_t columns) { return columns * PANEL; }
 
     template <int R, bool FEW>
@@ -95,7 +96,7 @@ struct Int8 {
         ByteSums sums[R];
         for (int r = 0; r < R; r++) sums[r] = byte_zeros();
         for (int64_t i = 0; i < x.columns; i += 4) {
-            fetch<FEW>(w + i * PANEL, i * PANEL);
+            fetch<FEW>(w + i * PANEL);
             Bytes line = load_bytes((const int8_t*)w + i * PANEL);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) sums[r] = dot(sums[r], line, values + r * x.columns + i);
@@ -112,7 +113,7 @@ struct Int8 {
 template <bool NF4_CODES>
 struct FourBits {
     typedef int8_t Operand;
-    static constexpr int ROWS = INT4_ROWS;
+    static constexpr int ROWS = INT4_ROWS, SUM_FACTOR = NF4_CODES ? -32 : 1;
     static constexpr int64_t BLOCK = CODES + (NF4_CODES ? 32 : 64);
     static int64_t panel_bytes(int64_t columns) { return columns / GROUP * BLOCK; }
 
@@ -125,12 +126,12 @@ struct FourBits {
         for (int64_t g = 0; g < x.groups; g++, w += BLOCK, values += GROUP) {
             NibbleSums sums[R];
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) sums[r] = nibble_start(NF4_CODES ? -32 * group_sums[r * x.groups + g] : 0);
+            for (int r = 0; r < R; r++) sums[r] = nibble_start(NF4_CODES ? group_sums[r * x.groups + g] : 0);
 #pragma GCC unroll 2
             for (int half = 0; half < LINES; half += 4) {
 #pragma GCC unroll 4
                 for (int t = half; t < half + 4; t++) {
-                    fetch<FEW>(w + t * 64, g * BLOCK);
+                    fetch<FEW>(w + t * 64);
                     Nibbles line = load_nibbles<NF4_CODES>(w + t * 64, table);
 #pragma GCC unroll 8
                     for (int r = 0; r < R; r++) sums[r] = dot<NF4_CODES>(sums[r], line, values + r * x.columns + t * 8);
@@ -184,7 +185,7 @@ void linear(const Float* x, int64_t m, int64_t k, int64_t n, const uint8_t* pack
     typedef typename Kind::Operand Operand;
     int64_t columns = round_up(k, GROUP), groups = columns / GROUP, panels = round_up(n, PANEL) / PANEL;
     Activations<Operand> rows = {allocate<Operand>(m * columns), allocate<int32_t>(m * groups), allocate<float>(m),
-                                 m, columns, groups};
+                                 m, columns, groups, Kind::SUM_FACTOR};
     Output<Float> out = {y, n};
     if (m * n * k < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
