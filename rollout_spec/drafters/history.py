@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
+import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from rollout_spec.drafters.texts import Texts
+from rollout_spec.kernels.memory import zeros_on_large_pages
 from rollout_spec.policy.records import Matches
 
 SOURCES = ("own", "siblings", "epochs")
@@ -87,7 +89,7 @@ class History:
         self.orders = tuple(sorted(set(orders), reverse=True))
         assert self.orders and self.orders[-1] > 0 and max_tokens > 0 and answers_per_prompt > 0
         bits = max(16, (2 * max_tokens - 1).bit_length())
-        self._table = np.zeros(1 << bits, np.int64)
+        self._table = zeros_on_large_pages(1 << bits, torch.int64).numpy()  # entries are looked up all over it
         self._shift, self._mask = 64 - bits, (1 << bits) - 1
         # [orders, reach]: which of the tokens read for the longest n-gram are not of this one.
         self._outside = np.arange(self.orders[0], 0, -1) > np.array(self.orders)[:, None]
@@ -98,6 +100,7 @@ class History:
         self._groups: OrderedDict[Hashable, list[int]] = OrderedDict()
         # By slot: key and prompt, of which the group is made again if it was evicted meanwhile.
         self._live: dict[int, tuple[Hashable, np.ndarray]] = {}
+        self._unindexed: list[tuple[int, np.ndarray]] = []  # texts and their tokens: prompts that are new
         self._unread: list[np.ndarray] = []  # [B, 1] each: a token of each of `_unread_slots` [B]
         self._unread_slots = np.zeros(0, np.int64)
         self._tokens = self._evicted = 0
@@ -121,7 +124,8 @@ class History:
             group: Which texts it may match; None: those with the same prompt.
         """
         assert slot not in self._live and len(prompt)
-        self._read()
+        if self._unread:
+            self._read()
         key = blake2b(prompt.tobytes(), digest_size=16).digest() if group is None else group
         window = prompt[-_PROMPT_WINDOW:].astype(np.int32)
         shared = self._group(key, window)[0]
@@ -130,7 +134,8 @@ class History:
             self._more_slots(max(slot + 1, 2 * len(self._text)))
         text = self._texts.add(window[-self.orders[0] :], _FIRST_ROOM + self.orders[0], salt, SIBLINGS, slot)
         self._live[slot], self._state[slot] = (key, window), (text, 0, 0, 0)
-        if output is not None:
+        if output is not None and len(output):
+            self._index()
             self._append(np.array([text]), output[None], np.array([len(output)]))
         self._make_room()
 
@@ -214,8 +219,20 @@ class History:
 
     # --- the table -------------------------------------------------------------------------------------
 
+    def _index(self) -> None:
+        """Take the prompts that are new, in one go: sequences begin together."""
+        if self._unindexed:
+            texts, prompts = zip(*self._unindexed, strict=True)
+            counts = np.array([len(prompt) for prompt in prompts])
+            tokens = np.zeros((len(prompts), counts.max()), np.int32)
+            for row, prompt in zip(tokens, prompts, strict=True):
+                row[: len(prompt)] = prompt
+            self._unindexed = []
+            self._append(np.array(texts), tokens, counts)
+
     def _read(self) -> None:
         """Take what plain passes emitted since the last look, in one go: with nothing to propose it need not be now."""
+        self._index()
         if self._unread:
             tokens, slots = np.concatenate(self._unread, 1), self._unread_slots
             self._unread, self._unread_slots = [], slots[:0]
@@ -311,10 +328,10 @@ class History:
         self._pieces = sliding_window_view(self._drafts.reshape(-1), self.longest, writeable=True)
 
     def _group(self, key: Hashable, prompt: np.ndarray) -> list[int]:
-        """The group, the most recently used one now; made, its prompt indexed, if it is not known."""
+        """The group, the most recently used one now; made, its prompt to be indexed, if it is not known."""
         if key not in self._groups:
             text = self._texts.add(prompt[:0], len(prompt), _salt(key), OWN)
-            self._append(np.array([text]), prompt[None], np.array([len(prompt)]))
+            self._unindexed.append((text, prompt))
             self._groups[key] = [text]
             self._tokens += len(prompt)
         self._groups.move_to_end(key)
@@ -322,6 +339,7 @@ class History:
 
     def _make_room(self) -> None:
         while self._tokens > self.max_tokens:
+            self._index()
             _, group = self._groups.popitem(last=False)
             self._evicted += 1
             for text in group:
@@ -329,7 +347,7 @@ class History:
 
     def _forget(self, text: int) -> None:
         self._tokens -= int(self._texts.length[text])
-        self._texts.numbers[text] = 0, 0, 0, 0, 0, -1
+        self._texts.remove(text)
 
 
 def _salt(key: Hashable) -> int:

@@ -27,21 +27,27 @@ class Texts:
 
     def __init__(self, reach: int, ahead: int) -> None:
         self._reach, self._ahead, self._end = reach, ahead, 0
+        self._free: list[int] = []
+        self.numbers = np.zeros((1, 6), np.int64)
         self._set_numbers(np.zeros((_FIRST_TEXTS, 6), np.int64))
         self.slot[0], self.tokens = -1, np.zeros(0, np.int32)
         self._close_gaps(0)
 
     def add(self, tokens: np.ndarray, room: int, salt: int, source: int, slot: int = -1) -> int:
         """A new text that begins with `tokens`; returns its number."""
-        text = 1 + int(self.room[1:].argmin())
-        if self.room[text]:
-            text = len(self.room)
-            self._set_numbers(np.pad(self.numbers, ((0, text), (0, 0))))
+        if not self._free:
+            self._set_numbers(np.pad(self.numbers, ((0, len(self.numbers)), (0, 0))))
+        text = self._free.pop()
         self.numbers[text] = 0, 0, 0, salt, source, slot
         self.move(text, room)
         self.tokens[self.start[text] :][: len(tokens)] = tokens
         self.length[text] = len(tokens)
         return text
+
+    def remove(self, text: int) -> None:
+        """Its number is free."""
+        self.numbers[text] = 0, 0, 0, 0, 0, -1
+        self._free.append(text)
 
     def move(self, text: int, room: int) -> None:
         """Move a text to where it has so much room."""
@@ -70,5 +76,6 @@ class Texts:
         self.start[texts] = starts
 
     def _set_numbers(self, numbers: np.ndarray) -> None:
+        self._free.extend(range(len(numbers) - 1, len(self.numbers) - 1, -1))
         self.numbers = numbers
         self.start, self.length, self.room, self.salt, self.source, self.slot = numbers.T
