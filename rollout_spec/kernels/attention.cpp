@@ -6,8 +6,8 @@
 // other, as in verification, share the work of reading its entries, from the first that one of them sees to the last.
 #include <type_traits>
 
-#include "exponential.h"
 #include "kernels.h"
+#include "lanes.h"
 #include "layout.h"
 #include "tile.h"
 
@@ -21,9 +21,9 @@ constexpr int64_t SCORES = 1 << 16;  // of all heads of such rows; more do not s
 
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-INLINE float total(F16 lanes) {
+INLINE float total(F16 sums) {
     float v[PANEL];
-    store(v, lanes);
+    store(v, sums);
     for (int width = 8; width; width /= 2)
         for (int i = 0; i < width; i++) v[i] += v[i + width];
     return v[0];
@@ -31,18 +31,16 @@ INLINE float total(F16 lanes) {
 
 // Scores [count], with room for a multiple of sixteen, to weights that are not normalised yet; returns their sum.
 float exponentials(float* scores, int64_t count) {
-    float largest[PANEL];
     int64_t padded = round_up(count, PANEL);
     for (int64_t t = count; t < padded; t++) scores[t] = scores[0];
-    for (int64_t j = 0; j < PANEL; j++) largest[j] = scores[0];
-    for (int64_t t = 0; t < padded; t += PANEL)
-        for (int64_t j = 0; j < PANEL; j++) largest[j] = scores[t + j] > largest[j] ? scores[t + j] : largest[j];
-    for (int64_t j = 1; j < PANEL; j++) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
-    for (int64_t t = 0; t < padded; t++) {
-        float x = scores[t] - largest[0];
-        float weight = exp_of(x);
-        scores[t] = x == x ? weight : x;  // a NaN stays one
+    Floats highest = lanes(scores, LANES);
+    for (int64_t t = 0; t < padded; t += LANES) {
+        Floats v = lanes(scores + t, LANES);
+        highest = v > highest ? v : highest;
     }
+    float largest = highest[0];
+    for (int64_t i = 1; i < LANES; i++) largest = highest[i] > largest ? highest[i] : largest;
+    for (int64_t t = 0; t < padded; t += LANES) put(exp_of(lanes(scores + t, LANES) - largest), LANES, scores + t);
     for (int64_t t = count; t < padded; t++) scores[t] = 0;
     F16 sums = zeros();
     for (int64_t t = 0; t < padded; t += PANEL) sums = fma(load(scores + t), 1.0f, sums);

@@ -1,70 +1,67 @@
 // What a decoder does between its linears, row by row, rounding to the model's dtype where torch's operations do.
-#include "exponential.h"
 #include "kernels.h"
+#include "lanes.h"
 
 namespace {
 
-INLINE void put(float value, float* out) { *out = value; }
-INLINE void put(float value, bf16* out) { *out = narrow(value); }
-template <typename Float>
-INLINE float rounded(float value) {
-    return sizeof(Float) == 2 ? widen(narrow(value)) : value;
-}
+constexpr int64_t HEADS = 16;  // that are normalised together: none waits for the sum of another
 
-// 1 / sqrt(mean(x^2) + eps), the squares summed over sixteen lanes.
+// out = x / sqrt(mean(x^2) + eps), rounded, times weight, for `count` stretches of `size` elements.
 template <typename Float>
-float inverse_root_mean_square(const Float* x, int64_t size, float eps) {
-    float lanes[PANEL] = {};
-    int64_t i = 0;
-    for (; i + PANEL <= size; i += PANEL)
-        for (int64_t j = 0; j < PANEL; j++) lanes[j] += widen(x[i + j]) * widen(x[i + j]);
-    for (; i < size; i++) lanes[i % PANEL] += widen(x[i]) * widen(x[i]);
-    for (int width = 8; width; width /= 2)
-        for (int j = 0; j < width; j++) lanes[j] += lanes[j + width];
-    return 1 / sqrtf(lanes[0] / size + eps);
-}
-
-template <typename Float>
-void normalize(const Float* x, const Float* weight, int64_t size, float eps, Float* out) {
-    float factor = inverse_root_mean_square(x, size, eps);
-    for (int64_t i = 0; i < size; i++) put(rounded<Float>(widen(x[i]) * factor) * widen(weight[i]), out + i);
+INLINE void normalize(const Float* x, const Float* weight, int64_t count, int64_t size, float eps, Float* out) {
+    float factors[HEADS];
+    for (; count > 0; count -= HEADS, x += HEADS * size, weight += HEADS * size, out += HEADS * size) {
+        int64_t some = least(count, HEADS);
+        for (int64_t h = 0; h < some; h++) {
+            Floats squares = {};
+            each_stretch(size, [&](int64_t i, int64_t n) {
+                Floats v = lanes(x + h * size + i, n);
+                squares += v * v;
+            });
+            factors[h] = total(squares);
+        }
+        for (int64_t h = 0; h < some; h++) factors[h] = 1 / sqrtf(factors[h] / size + eps);
+        for (int64_t h = 0; h < some; h++)
+            each_stretch(size, [&](int64_t i, int64_t n) {
+                int64_t at = h * size + i;
+                put(rounded<Float>(lanes(x + at, n) * factors[h]) * lanes(weight + at, n), n, out + at);
+            });
+    }
 }
 
 // Rotate one head in place; dimension i pairs with i + size / 2.
 template <typename Float>
-void turn(Float* x, const Float* cosine, const Float* signed_sine, int64_t size) {
+INLINE void turn(Float* x, const Float* cosine, const Float* signed_sine, int64_t size) {
     int64_t half = size / 2;
-    for (int64_t i = 0; i < half; i++) {
-        float a = widen(x[i]), b = widen(x[i + half]);
-        float low = rounded<Float>(a * widen(cosine[i])) + rounded<Float>(b * widen(signed_sine[i]));
-        float high = rounded<Float>(b * widen(cosine[i + half])) + rounded<Float>(a * widen(signed_sine[i + half]));
-        put(low, x + i), put(high, x + i + half);
-    }
+    each_stretch(half, [&](int64_t i, int64_t n) {
+        int64_t j = i + half;
+        Floats a = lanes(x + i, n), b = lanes(x + j, n);
+        Floats low = rounded<Float>(a * lanes(cosine + i, n)) + rounded<Float>(b * lanes(signed_sine + i, n));
+        Floats high = rounded<Float>(b * lanes(cosine + j, n)) + rounded<Float>(a * lanes(signed_sine + j, n));
+        put(low, n, x + i), put(high, n, x + j);
+    });
 }
 
 template <typename Float>
-void gated(const Float* gate, const Float* up, int64_t size, Float* out) {
-    for (int64_t i = 0; i < size; i++) {
-        float x = widen(gate[i]);
-        float silu = x / (1 + exp_of(-x));
-        put(rounded<Float>(x == x ? silu : x) * widen(up[i]), out + i);
-    }
+INLINE void gated(const Float* gate, const Float* up, int64_t size, Float* out) {
+    each_stretch(size, [&](int64_t i, int64_t n) {
+        Floats x = lanes(gate + i, n);
+        put(rounded<Float>(x / (1 + exp_of(-x))) * lanes(up + i, n), n, out + i);
+    });
 }
 
 template <typename Float>
 void norm_rows(const Float* x, const Float* weight, int64_t rows, int64_t size, float eps, Float* out, int threads) {
-    each_row(rows, size, threads, [=](int64_t r) { normalize(x + r * size, weight, size, eps, out + r * size); });
+    each_row(rows, size, threads, [=](int64_t r) { normalize(x + r * size, weight, 1, size, eps, out + r * size); });
 }
 
 template <typename Float>
 void norm_rotate_rows(Float* x, int64_t stride, const Float* weight, const Float* cosine, const Float* signed_sine,
                       int64_t rows, int64_t heads, int64_t size, float eps, int threads) {
     each_row(rows, heads * size, threads, [=](int64_t r) {
-        for (int64_t h = 0; h < heads; h++) {
-            Float* own = x + r * stride + h * size;
-            if (weight) normalize(own, weight + h * size, size, eps, own);
-            turn(own, cosine + r * size, signed_sine + r * size, size);
-        }
+        Float* own = x + r * stride;
+        if (weight) normalize(own, weight, heads, size, eps, own);
+        for (int64_t h = 0; h < heads; h++) turn(own + h * size, cosine + r * size, signed_sine + r * size, size);
     });
 }
 
