@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
-import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from rollout_spec.drafters.texts import Texts
-from rollout_spec.kernels.memory import zeros_on_large_pages
 from rollout_spec.policy.records import Matches
 
 SOURCES = ("own", "siblings", "epochs")
@@ -89,9 +87,7 @@ class History:
         self.orders = tuple(sorted(set(orders), reverse=True))
         assert self.orders and self.orders[-1] > 0 and max_tokens > 0 and answers_per_prompt > 0
         bits = max(16, (2 * max_tokens - 1).bit_length())
-        self._table = zeros_on_large_pages(
-            1 << bits, torch.int64
-        ).numpy()  # entries are looked up all over it
+        self._table = np.zeros(1 << bits, np.int64)
         self._shift, self._mask = 64 - bits, (1 << bits) - 1
         # [orders, reach]: which of the tokens read for the longest n-gram are not of this one.
         self._outside = np.arange(self.orders[0], 0, -1) > np.array(self.orders)[:, None]

@@ -4,49 +4,59 @@
 
 namespace {
 
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Ints __attribute__((vector_size(32)));
-constexpr int WIDTH = 8;
+constexpr int WIDTH = 8;  // floats of a register
 
 struct Range {
     float low, high, largest;  // largest absolute value
     bool finite;
 };
 
+// What `pick` picks of eight lanes, in all of them.
+template <typename Pick>
+INLINE __m256 of_all_lanes(__m256 x, Pick pick) {
+    x = pick(x, _mm256_permute2f128_ps(x, x, 1));
+    x = pick(x, _mm256_permute_ps(x, 0x4e));
+    return pick(x, _mm256_permute_ps(x, 0xb1));
+}
+
 Range range_of(const float* x, int64_t count) {
-    Floats low, high;
-    Ints largest = {};
-    memcpy(&low, x, sizeof low), memcpy(&high, x, sizeof high);
+    const __m256 size = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 low = _mm256_loadu_ps(x), high = low;
+    __m256i most = _mm256_setzero_si256();
     for (int64_t i = 0; i < count; i += WIDTH) {
-        Floats v;
-        memcpy(&v, x + i, sizeof v);
-        low = v < low ? v : low, high = v > high ? v : high;
-        Ints magnitude = (Ints)v & 0x7fffffff;  // NaN and infinity are largest
-        largest = magnitude > largest ? magnitude : largest;
+        __m256 v = _mm256_loadu_ps(x + i);
+        low = _mm256_min_ps(v, low), high = _mm256_max_ps(v, high);
+        most = _mm256_max_epi32(most, _mm256_castps_si256(_mm256_and_ps(v, size)));  // NaN and infinity are largest
     }
-    Range range = {low[0], high[0], 0, true};
-    int32_t most = 0;
-    for (int i = 0; i < WIDTH; i++) {
-        range.low = low[i] < range.low ? low[i] : range.low;
-        range.high = high[i] > range.high ? high[i] : range.high;
-        most = largest[i] > most ? largest[i] : most;
-    }
-    range.largest = float_of(most), range.finite = most < 0x7f800000;
-    return range;
+    auto smaller = [](__m256 a, __m256 b) { return _mm256_min_ps(a, b); };
+    auto larger = [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); };
+    auto larger_bits = [](__m256 a, __m256 b) {
+        return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+    };
+    float largest = _mm256_cvtss_f32(of_all_lanes(_mm256_castsi256_ps(most), larger_bits));
+    return {_mm256_cvtss_f32(of_all_lanes(low, smaller)), _mm256_cvtss_f32(of_all_lanes(high, larger)), largest,
+            bits_of(largest) < 0x7f800000};
 }
 
 // Between the levels code and code + 1.
 float boundary(int code) { return (NF4_LEVELS[code] + NF4_LEVELS[code + 1]) / 2; }
 
-// A bit of the codes at a time, from the highest. What is found so far is kept negative, as comparisons give it, and
-// boundaries are looked up by its last three bits.
-void nf4_codes(const float* x, int64_t count, float largest, int8_t* codes) {
+// Boundaries that decide the third and the fourth bit, by the last three bits of minus what is found before.
+struct Boundaries {
     float third[8], fourth[8];
-    for (int found = 0; found < 8; found++) {
-        third[-found & 7] = boundary(4 * (found % 4) + 1);
-        fourth[-found & 7] = boundary(2 * found);
+    Boundaries() {
+        for (int found = 0; found < 8; found++) {
+            third[-found & 7] = boundary(4 * (found % 4) + 1);
+            fourth[-found & 7] = boundary(2 * found);
+        }
     }
-    const __m256 thirds = _mm256_loadu_ps(third), fourths = _mm256_loadu_ps(fourth), inverse = _mm256_set1_ps(1 / largest);
+};
+const Boundaries BOUNDARIES;
+
+// A bit of the codes at a time, from the highest; comparisons give minus a bit.
+void nf4_codes(const float* x, int64_t count, float largest, int8_t* codes) {
+    const __m256 thirds = _mm256_loadu_ps(BOUNDARIES.third), fourths = _mm256_loadu_ps(BOUNDARIES.fourth);
+    const __m256 inverse = _mm256_set1_ps(1 / largest);
     const __m256 low = _mm256_set1_ps(boundary(3)), middle = _mm256_set1_ps(boundary(7));
     const __m256 high = _mm256_set1_ps(boundary(11));
     auto above = [](__m256 v, __m256 boundary) { return _mm256_castps_si256(_mm256_cmp_ps(v, boundary, _CMP_GT_OQ)); };

@@ -17,7 +17,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from dataclasses import dataclass, replace
+from statistics import median_low
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +49,7 @@ HOLD = 3  # passes between looks at the other arms: a drafter drafts as far as i
 _REST, _LONGEST_REST = 3, 63  # plain passes between looks while nothing changes
 _LOOKING = 0.0015  # share of the time that looks may take: rests are as long as it takes
 _CHANGE = 8  # a batch that changes by more than this part of it is another
-_DECISION_STEP = 0.1  # weight of one decision in the time that decisions take
+_DECISIONS = 9  # of whose times the median is what a decision takes
 _ALONE_EVERY = 16  # passes between estimates of the gain that the last sequence will have
 _NEAR = 0.9  # a gain below this is not looked at more closely
 _WEIGH_EVERY = 32  # passes between looks at how far sequences drift apart
@@ -154,6 +156,7 @@ class AutomaticPolicy(SpeculationPolicy):
         self._slots = np.zeros(0, np.int64)  # and the sequences
         self._plain_seconds = math.nan
         self._looked = False  # whether the plan of this pass took a decision
+        self._decisions = deque([0.0], maxlen=_DECISIONS)  # the first one may take a thousand times as long
         self.deciding = 0.0  # seconds that a decision takes
         self._known: dict[str, _Known] = {}
         self._compile()
@@ -452,8 +455,8 @@ class AutomaticPolicy(SpeculationPolicy):
         if not rests:
             self.costs.observe_target(batch, rows, context, outcome.target_seconds)
         if self._looked and math.isfinite(outcome.decision_seconds):
-            step = _DECISION_STEP if self.deciding else 1.0
-            self.deciding += step * (outcome.decision_seconds - self.deciding)
+            self._decisions.append(outcome.decision_seconds)
+            self.deciding = median_low(self._decisions)
         if plan.speculates:
             own = plan.draft_lengths - plan.from_history
             if plan.drafter is not None:
@@ -474,16 +477,18 @@ class AutomaticPolicy(SpeculationPolicy):
         """What the pass was worth, also if nothing came of its drafts; nothing if only some sequences took part."""
         if not isinstance(forecast, _Forecast) or len(state.slots) != len(forecast.slots):
             return
-        if outcome.seconds <= 0:
+        late = max(outcome.decision_seconds - self.deciding, 0.0)  # not the arm's doing
+        seconds = outcome.seconds - late
+        if seconds <= 0:
             return
         weights, planned = np.empty_like(forecast.weights), np.argsort(forecast.slots)
         weights[np.argsort(state.slots)] = forecast.weights[planned]  # the order may differ
         worth = float(weights @ np.minimum(outcome.accepted + 1, state.allowed))
-        gain = worth * forecast.plain_seconds / outcome.seconds
+        gain = worth * forecast.plain_seconds / seconds
         self.arbiter.observe(forecast.arm, len(state.slots), forecast.gain, gain)
         if forecast.instead is not None:
             worth *= forecast.together
-            self.arbiter.charge(outcome.seconds - worth * forecast.plain_seconds / forecast.instead)
+            self.arbiter.charge(seconds - worth * forecast.plain_seconds / forecast.instead)
 
     def _learn_acceptance(
         self, drafter: str, state: StepState, plan: Plan, outcome: StepOutcome, own: np.ndarray

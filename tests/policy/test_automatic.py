@@ -48,7 +48,7 @@ def seen(acceptance, tokens=4000, longest=16):
     return made
 
 
-def run(made, where, alpha, passes, costs=COSTS):
+def run(made, where, alpha, passes, costs=COSTS, deciding=0.0):
     """Carry plans out with true acceptance `alpha` of every drafter; returns the plans."""
     rng, plans = np.random.default_rng(1), []
     for _ in range(passes):
@@ -60,7 +60,7 @@ def run(made, where, alpha, passes, costs=COSTS):
         drafting = float(drafting) if plan.drafter else 0.0
         target = costs.target(len(where.slots), rows, context)
         done = np.zeros(len(where.slots), bool)
-        made.observe(where, plan, StepOutcome(accepted, accepted + 1, done, drafting, target))
+        made.observe(where, plan, StepOutcome(accepted, accepted + 1, done, drafting, target, deciding))
         plans.append(plan)
     return plans
 
@@ -530,6 +530,15 @@ def looks_of_400(decision_seconds):
 def test_it_rests_where_nothing_pays_and_longer_if_a_look_is_dear():
     assert looks_of_400(0.0) == 100
     assert 5 <= looks_of_400(1e-2) <= 10
+
+
+@pytest.mark.parametrize("usual_before", [0, 40])
+def test_a_decision_that_took_long_once_is_no_verdict(usual_before):
+    """The first look may wait for memory and code, any for the machine: half a second weighs as much as forty passes."""
+    made, where = seen(0.95), state(allowed=100_000)
+    run(made, where, 1.0, usual_before, deciding=3e-5)
+    run(made, where, 1.0, 1, deciding=0.5)
+    assert np.mean([plan.speculates for plan in run(made, where, 1.0, 30, deciding=3e-5)[10:]]) > 0.9
 
 
 def test_a_price_seen_once_is_no_verdict_for_ever():
