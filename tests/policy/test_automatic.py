@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -48,10 +49,10 @@ def seen(acceptance, tokens=4000, longest=16):
     return made
 
 
-def run(made, where, alpha, passes, costs=COSTS, deciding=0.0):
+def run(made, where, alpha, passes, costs=COSTS, deciding=repeat(0.0)):
     """Carry plans out with true acceptance `alpha` of every drafter; returns the plans."""
     rng, plans = np.random.default_rng(1), []
-    for _ in range(passes):
+    for _, decided in zip(range(passes), deciding):
         plan = made.plan(where)
         hits = rng.random((len(where.slots), 65)) < alpha
         accepted = np.minimum(hits.argmin(1), plan.draft_lengths)
@@ -60,7 +61,7 @@ def run(made, where, alpha, passes, costs=COSTS, deciding=0.0):
         drafting = float(drafting) if plan.drafter else 0.0
         target = costs.target(len(where.slots), rows, context)
         done = np.zeros(len(where.slots), bool)
-        made.observe(where, plan, StepOutcome(accepted, accepted + 1, done, drafting, target, deciding))
+        made.observe(where, plan, StepOutcome(accepted, accepted + 1, done, drafting, target, decided))
         plans.append(plan)
     return plans
 
@@ -536,9 +537,9 @@ def test_it_rests_where_nothing_pays_and_longer_if_a_look_is_dear():
 def test_a_decision_that_took_long_once_is_no_verdict(usual_before):
     """The first look may wait for memory and code, any for the machine: half a second weighs as much as forty passes."""
     made, where = seen(0.95), state(allowed=100_000)
-    run(made, where, 1.0, usual_before, deciding=3e-5)
-    run(made, where, 1.0, 1, deciding=0.5)
-    assert np.mean([plan.speculates for plan in run(made, where, 1.0, 30, deciding=3e-5)[10:]]) > 0.9
+    decided = [3e-5] * usual_before + [0.5] + [3e-5] * 30
+    plans = run(made, where, 0.95, len(decided), deciding=decided)
+    assert np.mean([plan.speculates for plan in plans[-20:]]) > 0.9
 
 
 def test_a_price_seen_once_is_no_verdict_for_ever():
