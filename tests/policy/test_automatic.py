@@ -49,10 +49,10 @@ def seen(acceptance, tokens=4000, longest=16):
     return made
 
 
-def run(made, where, alpha, passes, costs=COSTS, deciding=repeat(0.0)):
+def run(made, where, alpha, passes, costs=COSTS, deciding=None):
     """Carry plans out with true acceptance `alpha` of every drafter; returns the plans."""
     rng, plans = np.random.default_rng(1), []
-    for _, decided in zip(range(passes), deciding):
+    for _, decided in zip(range(passes), deciding or repeat(0.0)):
         plan = made.plan(where)
         hits = rng.random((len(where.slots), 65)) < alpha
         accepted = np.minimum(hits.argmin(1), plan.draft_lengths)
