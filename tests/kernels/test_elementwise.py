@@ -34,15 +34,16 @@ def test_rms_norm(kernels, dtype, size):
 
 
 @pytest.mark.parametrize("size", [10, 64, 128])
+@pytest.mark.parametrize("heads", [1, 4, 16, 37])
 @pytest.mark.parametrize("normed", [False, True])
-def test_norm_and_rotation(kernels, dtype, size, normed):
-    x, weight = gaussian(30, 6, size, dtype=dtype), 1 + gaussian(4, size, seed=1, dtype=dtype)
+def test_norm_and_rotation(kernels, dtype, size, heads, normed):
+    x, weight = gaussian(30, heads + 2, size, dtype=dtype), 1 + gaussian(heads, size, seed=1, dtype=dtype)
     cosine, sine = (gaussian(30, 1, size, seed=s, dtype=dtype) for s in (2, 3))
-    qk = torch.rms_norm(x[:, :4], (size,), None, 1e-6) * weight if normed else x[:, :4]
-    expected, rest = rotate(qk, cosine, sine), x[:, 4:].clone()
-    kernels.norm_rotate(x, 4, weight if normed else None, cosine, sine, 1e-6)
-    agree(x[:, :4], expected)
-    assert torch.equal(x[:, 4:], rest)
+    qk = torch.rms_norm(x[:, :heads], (size,), None, 1e-6) * weight if normed else x[:, :heads]
+    expected, rest = rotate(qk, cosine, sine), x[:, heads:].clone()
+    kernels.norm_rotate(x, heads, weight if normed else None, cosine, sine, 1e-6)
+    agree(x[:, :heads], expected)
+    assert torch.equal(x[:, heads:], rest)
 
 
 @pytest.mark.parametrize("size", [5, 330, 704])
