@@ -122,8 +122,6 @@ class History:
             group: Which texts it may match; None: those with the same prompt.
         """
         assert slot not in self._live and len(prompt)
-        if self._unread:
-            self._read()
         key = blake2b(prompt.tobytes(), digest_size=16).digest() if group is None else group
         window = prompt[-_PROMPT_WINDOW:].astype(np.int32)
         shared = self._group(key, window)[0]
@@ -133,7 +131,7 @@ class History:
         text = self._texts.add(window[-self.orders[0] :], _FIRST_ROOM + self.orders[0], salt, SIBLINGS, slot)
         self._live[slot], self._state[slot] = (key, window), (text, 0, 0, 0)
         if output is not None and len(output):
-            self._index()
+            self._read()
             self._append(np.array([text]), output[None], np.array([len(output)]))
         self._make_room()
 

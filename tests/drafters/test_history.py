@@ -389,6 +389,17 @@ def test_a_sequence_goes_on_after_an_interruption():
     assert proposed(h, 3) == before == [6, 4, 5, 6, 4, 5, 6, 4]
 
 
+def test_what_an_interrupted_answer_brings_is_later_than_what_was_emitted_before():
+    h, prompt = History(orders=(2,)), ids(1, 2, 3)
+    h.begin(0, prompt)
+    for token in (5, 6):
+        emit(h, 0, token)
+    h.begin(1, prompt, ids(5, 7))
+    h.begin(2, prompt)
+    emit(h, 2, 5)
+    assert proposed(h, 2)[0] == 7
+
+
 def test_groups_decide_who_matches_whom():
     for group, expected in ((lambda i: i, []), (lambda i: "all", [7, 8, 9])):
         h = History()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rollout_spec.contracts import InvalidRequest
+from rollout_spec.kernels import memory as memory_module
 from rollout_spec.kernels.memory import LARGE_PAGE, REGION, WeightMemory, zeros_on_large_pages
 from rollout_spec.torch_backend.kv_cache import KVCache
 
@@ -80,11 +81,12 @@ def test_memory_goes_back_with_the_last_tensor():
     assert virtual_bytes() - before < REGION
 
 
-def test_threads_get_memory_of_their_own():
-    memory, places, switch = WeightMemory(), [], sys.getswitchinterval()
+def test_threads_get_memory_of_their_own(monkeypatch):
+    monkeypatch.setattr(memory_module, "REGION", 128)  # so that all want a new one all the time
+    memory, taken, switch = WeightMemory(), [], sys.getswitchinterval()
 
     def take():
-        places.extend(memory.take(64, torch.uint8) for _ in range(3000))
+        taken.extend(memory.take(64, torch.uint8) for _ in range(500))
 
     sys.setswitchinterval(1e-6)
     try:
@@ -95,7 +97,8 @@ def test_threads_get_memory_of_their_own():
             thread.join()
     finally:
         sys.setswitchinterval(switch)
-    assert len({x.data_ptr() for x in places}) == len(places) == 8 * 3000
+    assert {x.numel() for x in taken} == {64}
+    assert len({x.data_ptr() for x in taken}) == len(taken) == 8 * 500
 
 
 @pytest.mark.parametrize("count", [1 << 50, 1 << 62])
