@@ -1,7 +1,7 @@
 """Memory for weights and KV caches: large pages, nobody's part in another's, and back to the system in the end."""
 
-import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -82,23 +82,25 @@ def test_memory_goes_back_with_the_last_tensor():
 
 
 def test_threads_get_memory_of_their_own(monkeypatch):
-    monkeypatch.setattr(memory_module, "REGION", 128)  # so that all want a new one all the time
-    memory, taken, switch = WeightMemory(), [], sys.getswitchinterval()
+    memory, barrier, taken = WeightMemory(), threading.Barrier(4), []
+
+    def slowly(*arguments):
+        time.sleep(0.05)  # time for the others to ask, too
+        return zeros_on_large_pages(*arguments)
 
     def take():
-        taken.extend(memory.take(64, torch.uint8) for _ in range(500))
+        barrier.wait()
+        taken.extend(memory.take(REGION // 4, torch.uint8) for _ in range(2))
 
-    sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=take) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(switch)
-    assert {x.numel() for x in taken} == {64}
-    assert len({x.data_ptr() for x in taken}) == len(taken) == 8 * 500
+    monkeypatch.setattr(memory_module, "zeros_on_large_pages", slowly)
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {x.numel() for x in taken} == {REGION // 4}
+    assert len({x.untyped_storage().data_ptr() for x in taken}) == 2, "a region was thrown away"
+    assert len({x.data_ptr() for x in taken}) == len(taken) == 8
 
 
 @pytest.mark.parametrize("count", [1 << 50, 1 << 62])
