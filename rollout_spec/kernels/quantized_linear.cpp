@@ -19,8 +19,8 @@ constexpr int64_t CODES = LINES * 64;  // bytes of a block's codes
 
 constexpr int FEW_ROWS = 2;
 
-// Fetch what lies ahead of `w`. The processor fetches memory by itself, which is all that few rows wait for, but up to the
-// end of a page: of the next one it needs the beginning.
+// Fetch what lies ahead of `w`. The processor fetches memory by itself, which is all that few rows wait for, but up to
+// the end of a page: of the next one it needs the beginning.
 template <bool FEW>
 INLINE void fetch(const uint8_t* w) {
     if (!FEW) __builtin_prefetch(w + 3072);
