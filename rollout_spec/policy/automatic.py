@@ -156,7 +156,7 @@ class AutomaticPolicy(SpeculationPolicy):
         self._slots = np.zeros(0, np.int64)  # and the sequences
         self._plain_seconds = math.nan
         self._looked = False  # whether the plan of this pass took a decision
-        self._decisions = deque([0.0], maxlen=_DECISIONS)  # the first one may take a thousand times as long
+        self._decisions: deque[float] = deque(maxlen=_DECISIONS)
         self.deciding = 0.0  # seconds that a decision takes
         self._known: dict[str, _Known] = {}
         self._compile()
@@ -477,18 +477,16 @@ class AutomaticPolicy(SpeculationPolicy):
         """What the pass was worth, also if nothing came of its drafts; nothing if only some sequences took part."""
         if not isinstance(forecast, _Forecast) or len(state.slots) != len(forecast.slots):
             return
-        late = max(outcome.decision_seconds - self.deciding, 0.0)  # not the arm's doing
-        seconds = outcome.seconds - late
-        if seconds <= 0:
+        if outcome.seconds <= 0:
             return
         weights, planned = np.empty_like(forecast.weights), np.argsort(forecast.slots)
         weights[np.argsort(state.slots)] = forecast.weights[planned]  # the order may differ
         worth = float(weights @ np.minimum(outcome.accepted + 1, state.allowed))
-        gain = worth * forecast.plain_seconds / seconds
+        gain = worth * forecast.plain_seconds / outcome.seconds
         self.arbiter.observe(forecast.arm, len(state.slots), forecast.gain, gain)
         if forecast.instead is not None:
             worth *= forecast.together
-            self.arbiter.charge(seconds - worth * forecast.plain_seconds / forecast.instead)
+            self.arbiter.charge(outcome.seconds - worth * forecast.plain_seconds / forecast.instead)
 
     def _learn_acceptance(
         self, drafter: str, state: StepState, plan: Plan, outcome: StepOutcome, own: np.ndarray

@@ -533,7 +533,7 @@ def test_it_rests_where_nothing_pays_and_longer_if_a_look_is_dear():
     assert 5 <= looks_of_400(1e-2) <= 10
 
 
-@pytest.mark.parametrize("usual_before", [0, 40])
+@pytest.mark.parametrize("usual_before", [0, 40, 41, 42, 43])
 def test_a_decision_that_took_long_once_is_no_verdict(usual_before):
     """The first look may wait for memory and code, any for the machine: half a second weighs as much as forty passes."""
     made, where = seen(0.95), state(allowed=100_000)
