@@ -533,13 +533,21 @@ def test_it_rests_where_nothing_pays_and_longer_if_a_look_is_dear():
     assert 5 <= looks_of_400(1e-2) <= 10
 
 
-@pytest.mark.parametrize("usual_before", [0, 40, 41, 42, 43])
+@pytest.mark.parametrize("usual_before", [0, 40])
 def test_a_decision_that_took_long_once_is_no_verdict(usual_before):
     """The first look may wait for memory and code, any for the machine: half a second weighs as much as forty passes."""
     made, where = seen(0.95), state(allowed=100_000)
     decided = [3e-5] * usual_before + [0.5] + [3e-5] * 30
     plans = run(made, where, 0.95, len(decided), deciding=decided)
     assert np.mean([plan.speculates for plan in plans[-20:]]) > 0.9
+
+
+def test_a_decision_takes_what_most_of_the_last_took():
+    made, where = seen(0.95), state(allowed=100_000)
+    run(made, where, 0.95, 23, deciding=[3e-5] * 20 + [0.5] * 3)
+    assert made.deciding == 3e-5
+    run(made, where, 0.95, 9, deciding=[0.5] * 9)
+    assert made.deciding == 0.5
 
 
 def test_a_price_seen_once_is_no_verdict_for_ever():
