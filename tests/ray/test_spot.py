@@ -66,11 +66,11 @@ def test_a_worker_that_is_needed_yields_within_a_micro_batch(group: Any) -> None
         if not asked and ray.get(worker.figures.remote())["micro_batches"] > before:
             asked.append(worker.generate.remote(extra))
 
-    shares = make_shares(0, long=6)
+    shares = make_shares(0, long=16)  # long enough for the request to come while it trains
     answers = group.rollout(shares, need_it_once_it_trains, interval=0.05)
     assert asked
     answers.append(ray.get(asked[0]))
-    assert same(answers, undisturbed(alone, [*shares, extra])) == (28, 28)
+    assert same(answers, undisturbed(alone, [*shares, extra])) == (48, 48)
     times = ray.get(group.workers[SHORT].figures.remote())
     assert times["preemption_seconds"]["count"] >= 1
     assert times["preemption_seconds"]["max"] <= times["micro_batch_seconds"]["max"] + 0.5
