@@ -6,6 +6,7 @@ A processor fetches a stream ahead of its use only up to the end of a page, and 
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from threading import Lock
 
 import torch
@@ -28,7 +29,8 @@ def zeros_on_large_pages(count: int, dtype: torch.dtype) -> Tensor:
     except (OSError, OverflowError) as error:
         raise MemoryError(f"{size} bytes: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        mapped.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel built without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(mapped, dtype=torch.uint8)
     start = -data.data_ptr() % LARGE_PAGE
     return data[start : start + size].view(dtype)

@@ -52,6 +52,15 @@ def test_zeros_begin_a_large_page():
             assert zeros.data_ptr() % LARGE_PAGE == 0 or not count
 
 
+def test_a_system_that_refuses_large_pages_gives_ordinary_ones(monkeypatch):
+    class Refusing(memory_module.mmap.mmap):
+        def madvise(self, *arguments):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(memory_module.mmap, "mmap", Refusing)
+    assert not zeros_on_large_pages(1000, torch.float32).any()
+
+
 def test_tensors_have_no_byte_in_common():
     memory = WeightMemory()
     taken = [memory.take(size, torch.uint8).fill_(i) for i, size in enumerate(SIZES)]
