@@ -4,7 +4,7 @@ One table maps a hash of the last n tokens (n-gram) to the place where they last
 prompt, of every answer to it that is being written, and of the answers kept from earlier. Places are checked
 against the text before use, so a hash collision or a forgotten text costs a match, never a false one.
 
-A lookup is a small number of numpy calls over all sequences, because plain passes, which gain nothing, pay for it.
+Lookups are compiled (`lookup`) and plain passes are read together, because those gain nothing and pay for it.
 
 Confidence needs no verification: a fixed proposal is accepted exactly when the target emits the same token, so
 every emitted token is an outcome, whether it was drafted or decoded plainly.
@@ -18,17 +18,25 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
+from rollout_spec.drafters.lookup import (
+    COUNT,
+    EPOCHS,
+    OWN,
+    SIBLINGS,
+    TEXT,
+    goes_on,
+    hashes,
+    judge,
+    look_up,
+    write,
+)
 from rollout_spec.drafters.texts import Texts
 from rollout_spec.policy.records import Matches
 
 SOURCES = ("own", "siblings", "epochs")
-OWN, SIBLINGS, EPOCHS = range(3)
 
 _PROMPT_WINDOW = 4096  # a longer prompt is indexed from here to its end
-_PLACE_BITS = 24  # a place is text << 24 | position; 0 is nowhere
-_POSITION = (1 << _PLACE_BITS) - 1
 _MOST_UNREAD = 64  # plain passes put off before they are read
 _FIRST_SLOTS, _FIRST_ROOM = 16, 64
 _MEMORY = 2048.0  # outcomes a confidence remembers
@@ -89,11 +97,10 @@ class History:
         bits = max(16, (2 * max_tokens - 1).bit_length())
         self._table = np.zeros(1 << bits, np.int64)
         self._shift, self._mask = 64 - bits, (1 << bits) - 1
-        # [orders, reach]: which of the tokens read for the longest n-gram are not of this one.
-        self._outside = np.arange(self.orders[0], 0, -1) > np.array(self.orders)[:, None]
-        random = np.random.default_rng(0).integers(-(1 << 63), 1 << 63, self._outside.shape)
-        self._weights = np.where(self._outside, 0, random | 1).T.copy()
-        self._texts = Texts(self.orders[0], longest)
+        self._orders = np.array(self.orders)
+        random = np.random.default_rng(0).integers(-(1 << 63), 1 << 63, (len(self.orders), self.orders[0]))
+        self._weights = random | 1
+        self._texts = Texts(self.orders[0])
         # By key: the prompt and the answers kept, the newest last.
         self._groups: OrderedDict[Hashable, list[int]] = OrderedDict()
         # By slot: key and prompt, of which the group is made again if it was evicted meanwhile.
@@ -102,11 +109,15 @@ class History:
         self._unread: list[np.ndarray] = []  # [B, 1] each: a token of each of `_unread_slots` [B]
         self._unread_slots = np.zeros(0, np.int64)
         self._tokens = self._evicted = 0
-        self._state, self._drafts = np.zeros((0, 4), np.int64), np.zeros((0, 2 * longest), np.int32)
+        # By slot, see `lookup`: what is kept of it, and the tokens of its latest match.
+        self._state, self._drafts = np.zeros((0, 4), np.int64), np.zeros((0, longest), np.int32)
         self._more_slots(_FIRST_SLOTS)
         # [2, buckets]: right and tried tokens, by source and length: all of them, and those remembered.
         self._outcomes = np.zeros((2, len(SOURCES) * len(self.orders)))
         self._recent = self._outcomes + _PRIOR
+        nobody = np.zeros(0, np.int64)
+        self.extend(nobody, nobody[:, None], nobody)  # loops are compiled now, not in a pass
+        self.match(nobody, nobody)
 
     # --- sequences -------------------------------------------------------------------------------------
 
@@ -126,8 +137,8 @@ class History:
         window = prompt[-_PROMPT_WINDOW:].astype(np.int32)
         shared = self._group(key, window)[0]
         salt = self._texts.salt[shared]
-        if slot >= len(self._text):
-            self._more_slots(max(slot + 1, 2 * len(self._text)))
+        if slot >= len(self._state):
+            self._more_slots(max(slot + 1, 2 * len(self._state)))
         text = self._texts.add(window[-self.orders[0] :], _FIRST_ROOM + self.orders[0], salt, SIBLINGS, slot)
         self._live[slot], self._state[slot] = (key, window), (text, 0, 0, 0)
         if output is not None and len(output):
@@ -137,19 +148,18 @@ class History:
 
     def extend(self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray) -> None:
         """Take what a step emitted: the first `emitted[b]` of `tokens[b]`; slots [B], tokens [B, S], emitted [B]."""
-        if (emitted != 1).any():
+        if not goes_on(slots, self._unread_slots, emitted) or len(self._unread) == _MOST_UNREAD:
             self._read()
-            self._take(slots, tokens, emitted)
-            return
-        if not np.array_equal(slots, self._unread_slots) or len(self._unread) == _MOST_UNREAD:
-            self._read()
+            if (emitted != 1).any():
+                self._take(slots, tokens, emitted)
+                return
             self._unread_slots = slots.copy()
         self._unread.append(tokens[:, :1])
 
     def finish(self, slot: int, keep: bool = True) -> None:
         """The sequence leaves `slot`; its answer is kept for others unless it was aborted or preempted."""
         self._read()
-        texts, text = self._texts, int(self._text[slot])
+        texts, text = self._texts, int(self._state[slot, TEXT])
         key, prompt = self._live.pop(slot)
         self._state[slot], texts.slot[text], texts.room[text] = 0, -1, texts.length[text]
         self._tokens += int(texts.length[text])
@@ -167,18 +177,11 @@ class History:
     def match(self, slots: np.ndarray, limits: np.ndarray) -> Matches:
         """What can be proposed now for `slots` [B], at most `limits` [B] tokens each."""
         self._read()
-        own, texts = self._text[slots], self._texts
-        text, at, order = self._find(own)
-        start, length, _, _, source, slot = texts.numbers.take(text, 0).T
-        self._drafts[slots, : self.longest] = texts.after[start + at]
-        self._found[slots] = found = np.minimum(length - at, self.longest)
-        if ((slot >= 0) & (found < self.longest)).any():
-            self._go_on(slots, slot)
-            found = self._found[slots]
-        self._count[slots] = lengths = np.minimum(found, limits)
-        self._bucket[slots] = bucket = np.where(text == own, OWN, source) * len(self.orders) + order
-        confidence = self._recent[0] / self._recent[1]
-        return Matches(lengths, np.where(lengths > 0, confidence[bucket], 0.0))
+        texts, state = self._texts, self._state
+        own = state[slots, TEXT]
+        entries = self._entries(texts.start[own] + texts.length[own], texts.salt[own])
+        known = texts.tokens, texts.numbers, self._table, entries, self._orders, self._recent
+        return Matches(*look_up(slots, limits, *known, state, self._drafts))
 
     def propose(self, slots: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The first `counts` [B] tokens that the latest `match` of `slots` [B] found: int64 [B, max(counts)].
@@ -186,7 +189,7 @@ class History:
         The rows are padded with 0, also where a count exceeds that match's length.
         """
         width = int(counts.max(initial=0))
-        counts = np.minimum(counts, self._count[slots])
+        counts = np.minimum(counts, self._state[slots, COUNT])
         drafts = self._drafts[slots, :width].astype(np.int64)
         return np.where(np.arange(width) < counts[:, None], drafts, 0)
 
@@ -220,7 +223,7 @@ class History:
         if self._unindexed:
             texts, prompts = zip(*self._unindexed, strict=True)
             counts = np.array([len(prompt) for prompt in prompts])
-            tokens = np.zeros((len(prompts), counts.max()), np.int32)
+            tokens = np.zeros((len(prompts), counts.max()), np.int64)
             for row, prompt in zip(tokens, prompts, strict=True):
                 row[: len(prompt)] = prompt
             self._unindexed = []
@@ -237,13 +240,9 @@ class History:
     def _take(
         self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray, in_turn: bool = False
     ) -> None:
-        self._learn(slots, tokens, emitted)
-        self._found[slots] = self._count[slots] = 0
-        self._append(self._text[slots], tokens, emitted, in_turn)
-
-    def _keys(self, tails: np.ndarray, salt: np.ndarray) -> np.ndarray:
-        """Table entries [N, orders] of the n-grams that `tails` [N, reach] of groups `salt` [N] end with."""
-        return (tails @ self._weights + salt[:, None]) >> self._shift & self._mask
+        tokens, state = np.ascontiguousarray(tokens), self._state
+        judge(slots, tokens, emitted, state, self._drafts, self._outcomes, self._recent, _MEMORY)
+        self._append(state[slots, TEXT], tokens, emitted, in_turn)
 
     def _append(
         self, text: np.ndarray, tokens: np.ndarray, counts: np.ndarray, in_turn: bool = False
@@ -253,75 +252,23 @@ class History:
         `in_turn`: the columns came one after the other, not a row at a time; it decides which occurrence is the latest.
         """
         texts = self._texts
-        length, room, salt = texts.numbers.take(text, 0).T[1:4]
-        total = length + counts
-        for i in np.flatnonzero(total > room).tolist():
+        total = texts.length[text] + counts
+        for i in np.flatnonzero(total > texts.room[text]).tolist():
             texts.move(int(text[i]), 2 * int(total[i]))
-        index, place = texts.start[text] + length, text << _PLACE_BITS | length
-        if tokens.shape[1] > 1 or not counts.all():
-            written = np.arange(tokens.shape[1]) < counts[:, None]
-            row, step = np.nonzero(written.T)[::-1] if in_turn else np.nonzero(written)
-            index, place, salt, tokens = index[row] + step, place[row] + step, salt[row], tokens[row, step]
-        texts.tokens[index] = tokens.reshape(-1)
+        index, place, salt = write(texts.tokens, texts.numbers, text, tokens, counts, in_turn)
         # Of equal n-grams the last one stays: the latest token of the last sequence.
-        self._table[self._keys(texts.before[index], salt)] = place[:, None]
-        texts.length[text] = total
+        self._table[self._entries(index, salt)] = place[:, None]
 
-    def _find(self, own: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the longest known n-gram that texts `own` [B] end with goes on: text (0: nowhere), position, length."""
-        texts = self._texts
-        start, length, _, salt, _, _ = texts.numbers.take(own, 0).T
-        tails = texts.before[start + length]
-        place = self._table[self._keys(tails, salt)]  # [B, orders]
-        text = place >> _PLACE_BITS
-        length = texts.length[text]
-        at = np.minimum(place & _POSITION, length)  # a number given again may be of a shorter text
-        true = ((texts.before[texts.start[text] + at] == tails[:, None]) | self._outside).all(2)
-        true &= (at < length) & (texts.salt[text] == salt[:, None])
-        order = true.argmax(1)
-        longest = np.arange(len(own)), order
-        place = np.where(true[longest], place[longest], 0)
-        return place >> _PLACE_BITS, place & _POSITION, order
-
-    def _go_on(self, slots: np.ndarray, found_in: np.ndarray) -> None:
-        """Behind a draft that reached the end of the live text in slot `found_in` [B] (-1: none) put that one's own."""
-        following = np.full(len(self._text), -1)
-        following[slots] = found_in
-        while True:  # every time drafts have run through twice as many texts
-            slots = slots[(following[slots] >= 0) & (self._found[slots] < self.longest)]
-            if not len(slots):
-                return
-            behind, found = following[slots], self._found[slots]
-            self._pieces[2 * self.longest * slots + found] = self._drafts[behind, : self.longest]
-            self._found[slots] = np.minimum(found + self._found[behind], self.longest)
-            following[slots] = following[behind]
-
-    def _learn(self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray) -> None:
-        """Count how much of the drafts was right; a draft is judged up to its first wrong token."""
-        judged = np.minimum(self._count[slots], emitted)
-        width = int(judged.max(initial=0))
-        if not width:
-            return
-        wrong = self._drafts[slots, :width] != tokens[:, :width]
-        wrong &= np.arange(width) < judged[:, None]
-        right = np.where(wrong.any(1), wrong.argmax(1), judged)
-        for i, outcome in enumerate((right, np.minimum(right + 1, judged))):
-            found = np.bincount(self._bucket[slots], outcome, self._outcomes.shape[1])
-            self._outcomes[i] += found
-            self._recent[i] += found
-        while (full := self._recent[1] > _MEMORY).any():
-            self._recent[:, full] /= 2
+    def _entries(self, index: np.ndarray, salt: np.ndarray) -> np.ndarray:
+        """Table entries [N, orders] of the n-grams that end before `index` [N] of all tokens, in groups `salt` [N]."""
+        found = hashes(self._texts.tokens, index, salt, self._orders, self._weights)
+        return found >> self._shift & self._mask
 
     # --- what is kept ----------------------------------------------------------------------------------
 
     def _more_slots(self, slots: int) -> None:
-        """By slot: its text (0: free), and the latest match: tokens found, of them proposed, bucket; and the tokens."""
-        new = slots - len(self._drafts)
-        self._state = np.pad(self._state, ((0, new), (0, 0)))
-        self._text, self._found, self._count, self._bucket = self._state.T
-        # Twice as wide as is read: _pieces[2 * longest * slot + i] are `longest` tokens from token i on.
-        self._drafts = np.pad(self._drafts, ((0, new), (0, 0)))
-        self._pieces = sliding_window_view(self._drafts.reshape(-1), self.longest, writeable=True)
+        more = ((0, slots - len(self._state)), (0, 0))
+        self._state, self._drafts = np.pad(self._state, more), np.pad(self._drafts, more)
 
     def _group(self, key: Hashable, prompt: np.ndarray) -> list[int]:
         """The group, the most recently used one now; made, its prompt to be indexed, if it is not known."""

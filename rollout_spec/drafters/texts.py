@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 _FIRST_TOKENS, _FIRST_TEXTS = 1 << 16, 1 << 10
-_NOTHING = np.iinfo(np.int32).min  # equals neither a token nor what stands before a text
+START, LENGTH, ROOM, SALT, SOURCE, SLOT = range(6)  # columns of `Texts.numbers`
 
 
 class Texts:
@@ -16,17 +15,15 @@ class Texts:
 
     Attributes:
         tokens: int32, all texts; one is moved to get more room, all are to close gaps.
-        before, after: Views: before[i] is the `reach` tokens before token i, after[i] the `ahead` from it on, which
-            may run into the next text.
-        numbers: int64 [texts, 6], the following ones of each text; one lookup gives them all.
+        numbers: int64 [texts, 6], the following ones of each text.
         start, length, room: In `tokens`; room 0: the number is free.
         salt: Of its group, so that groups share neither matches nor table entries.
         source: What it is to other texts, an index of `SOURCES`.
         slot: Where it is being written, or -1.
     """
 
-    def __init__(self, reach: int, ahead: int) -> None:
-        self._reach, self._ahead, self._end = reach, ahead, 0
+    def __init__(self, reach: int) -> None:
+        self._reach, self._end = reach, 0
         self._free: list[int] = []
         self.numbers = np.zeros((1, 6), np.int64)
         self._set_numbers(np.zeros((_FIRST_TEXTS, 6), np.int64))
@@ -51,7 +48,7 @@ class Texts:
 
     def move(self, text: int, room: int) -> None:
         """Move a text to where it has so much room."""
-        if self._end + self._reach + room + self._ahead > len(self.tokens):
+        if self._end + self._reach + room > len(self.tokens):
             self._close_gaps(self._reach + room)
         start, old, length = self._end + self._reach, self.start[text], self.length[text]
         self.tokens[self._end : start] = -text
@@ -64,10 +61,7 @@ class Texts:
         ends = np.cumsum(self._reach + self.room[texts])
         self._end = int(ends[-1]) if len(ends) else 0
         size = max(_FIRST_TOKENS, 2 * (self._end + wanted))
-        memory = np.full(self._reach + size + self._ahead, _NOTHING, np.int32)
-        self.tokens = memory[self._reach :]
-        self.before = sliding_window_view(memory, self._reach)
-        self.after = sliding_window_view(self.tokens, self._ahead)
+        self.tokens = np.zeros(size, np.int32)
         starts = ends - self.room[texts]
         for first, end, moved in np.stack(
             (starts - self._reach, ends, starts - self.start[texts]), 1

@@ -449,22 +449,12 @@ class AutomaticPolicy(SpeculationPolicy):
     # --- learning --------------------------------------------------------------------------------------
 
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
-        batch, rows = len(state.slots), len(state.slots) + int(plan.draft_lengths.sum())
-        context = int(state.lengths.sum())
         rests = plan.reason is Reason.NOT_WORTH and self._rest > 0  # of a rest, the last pass is enough
         if not rests:
-            self.costs.observe_target(batch, rows, context, outcome.target_seconds)
+            self._learn_costs(state, plan, outcome)
         if self._looked and math.isfinite(outcome.decision_seconds):
             self._decisions.append(outcome.decision_seconds)
             self.deciding = median_low(self._decisions)
-        if plan.speculates:
-            own = plan.draft_lengths - plan.from_history
-            if plan.drafter is not None:
-                drafted = own if outcome.drafted is None else outcome.drafted
-                self.costs.observe_drafting(
-                    plan.drafter, context, drafted, plan.from_history, outcome.draft_seconds
-                )
-                self._learn_acceptance(plan.drafter, state, plan, outcome, own)
         self._learn_gain(state, plan.forecast, outcome)
         if outcome.finished.any():
             gone = state.slots[outcome.finished]
@@ -472,6 +462,19 @@ class AutomaticPolicy(SpeculationPolicy):
             lengths = np.where(cut_off, np.inf, state.outputs + outcome.emitted)
             self.lengths.observe(lengths[outcome.finished])
             self.forget(gone)
+
+    def _learn_costs(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
+        """What the target and the drafter took, and how much of the drafts was accepted."""
+        batch, context = len(state.slots), int(state.lengths.sum())
+        rows = batch + int(plan.draft_lengths.sum())
+        self.costs.observe_target(batch, rows, context, outcome.target_seconds)
+        if plan.drafter is not None and rows > batch:
+            own = plan.draft_lengths - plan.from_history
+            drafted = own if outcome.drafted is None else outcome.drafted
+            self.costs.observe_drafting(
+                plan.drafter, context, drafted, plan.from_history, outcome.draft_seconds
+            )
+            self._learn_acceptance(plan.drafter, state, plan, outcome, own)
 
     def _learn_gain(self, state: StepState, forecast: object, outcome: StepOutcome) -> None:
         """What the pass was worth, also if nothing came of its drafts; nothing if only some sequences took part."""

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rollout_spec.drafters import history, texts
 from rollout_spec.drafters.history import EPOCHS, OWN, SIBLINGS, History
+from rollout_spec.drafters.lookup import BUCKET
 
 END = 99
 
@@ -35,11 +36,15 @@ def answer(h: History, slot: int, prompt: np.ndarray, *tokens: int, keep: bool =
 class Exact(History):
     """Without hash collisions."""
 
-    def _keys(self, tails, salt):
+    def _entries(self, index, salt):
         self.seen = getattr(self, "seen", {})
+        tokens = self._texts.tokens
         rows = [
-            [self.seen.setdefault((group, *tail[-n:]), len(self.seen)) for n in self.orders]
-            for group, tail in zip(salt.tolist(), tails.tolist())
+            [
+                self.seen.setdefault((group, *tokens[end - n : end].tolist()), len(self.seen))
+                for n in self.orders
+            ]
+            for group, end in zip(salt.tolist(), index.tolist())
         ]
         return np.array(rows, np.int64).reshape(-1, len(self.orders))
 
@@ -47,8 +52,8 @@ class Exact(History):
 class Colliding(History):
     """With next to nothing but hash collisions."""
 
-    def _keys(self, tails, salt):
-        return super()._keys(tails, salt) & 3
+    def _entries(self, index, salt):
+        return super()._entries(index, salt) & 3
 
 
 class BruteForce:
@@ -136,7 +141,7 @@ def test_a_match_is_true_whatever_the_hash(tokens, kind):
         text.append(token)
         draft = proposed(h, 0)
         if draft:
-            n = h.orders[h._bucket[0] % len(h.orders)]
+            n = h.orders[h._state[0, BUCKET] % len(h.orders)]
             ends = [at for at in range(n, len(text)) if text[at - n : at] == text[-n:]]
             assert any((text + draft)[at : at + len(draft)] == draft for at in ends)
 
