@@ -254,8 +254,6 @@ class AutomaticPolicy(SpeculationPolicy):
             together = self._known[HISTORY].together if HISTORY in self._known else 1.0
             gain = chosen.gain * self.arbiter.correction(HISTORY, batch) * together
             if gain > 1:
-                gain *= self._lasting(chosen, state)
-            if gain > 1:
                 forecast = forecast or _Forecast(
                     HISTORY, state.slots, chosen.gain, plain_seconds, None, together, self._weights
                 )
@@ -391,7 +389,7 @@ class AutomaticPolicy(SpeculationPolicy):
         if gain > _NEAR:
             if not known.weighed or self._passes - known.weighed >= _WEIGH_EVERY:
                 known.together, known.weighed = self._together(candidate, state, known.often), self._passes
-            gain *= known.together * self._lasting(candidate, state)
+            gain *= known.together
         known.gain, known.looked, known.valid = gain, self._passes, True
 
     def _with_hysteresis(self, gains: dict[str, float]) -> str:
@@ -435,19 +433,6 @@ class AutomaticPolicy(SpeculationPolicy):
         drift = math.sqrt(max(candidate.square - tau * tau, 0.0) * passes)
         lost = self.lengths.delay(state.outputs, state.allowed, drift) / passes
         return 1.0 - self._makespan * min(lost, tau - 1.0) / tau
-
-    def _lasting(self, candidate: Candidate, state: StepState) -> float:
-        """Share of a candidate's gain that stays, seen that others end last as soon as the last are hurried.
-
-        The weights go by what is left now, and a few passes go by them. Here tokens are worth what they are after one.
-        """
-        if not self._makespan:
-            return 1.0
-        tokens = candidate.tokens
-        ahead = np.minimum(tokens, state.allowed - 1).astype(np.int64)
-        last = self.lengths.last_to_finish(state.outputs + ahead, state.allowed - ahead)
-        after = self._makespan * float(last @ tokens) + (1.0 - self._makespan) * float(tokens.mean())
-        return min(after / float(self._weights @ tokens), 1.0)
 
     def _gain_alone(self, drafters: tuple[str, ...], plain_seconds: float, context: int) -> float:
         """Largest gain expected for a single sequence, at the mean acceptance; at least 1."""

@@ -100,31 +100,6 @@ def test_nobody_is_hurried_who_must_wait_for_the_others():
     assert ahead_alone([400, *[60] * 7]).speculates
 
 
-@pytest.mark.parametrize(("behind", "share"), [(0, (0.5, 0.95)), (2, (0.5, 0.95)), (300, (0.99, 1.0))])
-def test_who_is_hurried_counts_only_until_others_end_last(behind, share):
-    """One of eight has a match; it is `behind` the others."""
-    matches = Matches(np.array([8] + 7 * [0]), np.full(8, 0.95))
-    where = state(8, allowed=[40 + behind] + 7 * [40], drafters=(), matches=matches)
-    gains = []
-    for lasting in (AutomaticPolicy._lasting, lambda *_: 1.0):
-        made = policy()
-        made._lasting = lasting.__get__(made)
-        made.plan(where)
-        gains.append(made._known[HISTORY].gain)
-    assert share[0] < gains[0] / gains[1] <= share[1]
-
-
-def test_history_that_was_not_foreseen_counts_only_until_others_end_last():
-    matches = Matches(np.array([8] + 7 * [0]), np.full(8, 0.95))
-    where = state(8, allowed=41, drafters=())
-    made = policy()
-    plan = made.plan(where)
-    seen = replace(where, matches=matches)
-    hurried = made.revise(plan, seen)
-    made._lasting = lambda *_: 0.5 / hurried.gain
-    assert hurried.speculates and not made.revise(plan, seen).speculates
-
-
 def test_throughput_objective_treats_all_alike():
     made = policy(objective="throughput")
     made.lengths.observe(np.array([20] * 60 + [400, 450, 500]))
