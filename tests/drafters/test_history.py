@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rollout_spec.drafters import history, texts
 from rollout_spec.drafters.history import EPOCHS, OWN, SIBLINGS, History
-from rollout_spec.drafters.lookup import BUCKET
+from rollout_spec.drafters.lookup import BUCKET, goes_on, hashes, judge, look_up, write
 
 END = 99
 
@@ -54,6 +54,19 @@ class Colliding(History):
 
     def _entries(self, index, salt):
         return super()._entries(index, salt) & 3
+
+
+def test_no_loop_is_left_to_be_compiled_in_a_pass():
+    """With arrays like an engine's: int64, in one piece but for tokens, which may be a part of more."""
+    h, loops = History(max_tokens=1000), (goes_on, hashes, judge, look_up, write)
+    known = [len(loop.signatures) for loop in loops]
+    h.begin(0, ids(1, 2, 3))
+    h.begin(1, ids(1, 2, 3), output=ids(4, 5))
+    for emitted in (ids(1, 1), ids(2, 1), ids(1, 1), ids(1, 1)):
+        h.match(ids(0, 1), ids(5, 5))
+        h.extend(ids(0, 1), np.arange(6).reshape(2, 3)[:, :2], emitted)
+    h.finish(0)
+    assert min(known) > 0 and [len(loop.signatures) for loop in loops] == known
 
 
 class BruteForce:
