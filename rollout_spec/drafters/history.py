@@ -240,9 +240,10 @@ class History:
     def _take(
         self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray, in_turn: bool = False
     ) -> None:
-        tokens, state = np.ascontiguousarray(tokens), self._state
-        judge(slots, tokens, emitted, state, self._drafts, self._outcomes, self._recent, _MEMORY)
-        self._append(state[slots, TEXT], tokens, emitted, in_turn)
+        text = self._state[slots, TEXT]  # unknown slots raise here; compiled loops do not check
+        tokens = np.ascontiguousarray(tokens)
+        judge(slots, tokens, emitted, self._state, self._drafts, self._outcomes, self._recent, _MEMORY)
+        self._append(text, tokens, emitted, in_turn)
 
     def _append(
         self, text: np.ndarray, tokens: np.ndarray, counts: np.ndarray, in_turn: bool = False

@@ -69,6 +69,14 @@ def test_no_loop_is_left_to_be_compiled_in_a_pass():
     assert min(known) > 0 and [len(loop.signatures) for loop in loops] == known
 
 
+def test_slots_that_do_not_exist_are_refused():
+    h = History(max_tokens=1000)
+    with pytest.raises(IndexError):
+        h.match(ids(1_000_000), ids(4))
+    with pytest.raises(IndexError):
+        emit(h, 1_000_000, 1, 2)
+
+
 class BruteForce:
     """Looks everything up in a list of all tokens, in the order they came."""
 
