@@ -77,6 +77,27 @@ def test_slots_that_do_not_exist_are_refused():
         emit(h, 1_000_000, 1, 2)
 
 
+def test_sequences_may_come_in_another_order():
+    h = History(max_tokens=1000)
+    for slot in (0, 1):
+        h.begin(slot, ids(1, 2), group=slot)
+    h.extend(ids(0, 1), ids(5, 6)[:, None], ids(1, 1))
+    h.extend(ids(1, 0), ids(7, 8)[:, None], ids(1, 1))
+    emit(h, 0, 1, 2)
+    emit(h, 1, 1, 2)
+    assert [proposed(h, slot, 2) for slot in (0, 1)] == [[5, 8], [6, 7]]
+
+
+def test_confidence_forgets():
+    """Right for long, then wrong for a while; all of it stays counted."""
+    outcomes, recent = np.zeros((2, 3)), np.ones((2, 3))
+    for token in 100 * [5] + 20 * [6]:
+        state, drafts = ids(1, 1, 1, 2)[None], np.array([[5]], np.int32)
+        judge(ids(0), ids(token)[None], ids(1), state, drafts, outcomes, recent, 8.0)
+    assert outcomes[:, 2].tolist() == [100, 120]
+    assert recent[0, 2] / recent[1, 2] < 0.2
+
+
 class BruteForce:
     """Looks everything up in a list of all tokens, in the order they came."""
 
