@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from rollout_spec.drafters.texts import LENGTH, SALT, SLOT, SOURCE, START
 from rollout_spec.policy.compiled import compiled
 
+# All that loops are compiled with is in this file: kept code is made anew when its own file changes, not another.
+START, LENGTH, ROOM, SALT, SOURCE, SLOT = range(6)  # columns of `Texts.numbers`
 OWN, SIBLINGS, EPOCHS = range(3)  # whose text it is
-PLACE_BITS = 24  # a place is text << 24 | position; 0 is nowhere
-_POSITION = (1 << PLACE_BITS) - 1
+_PLACE_BITS = 24  # a place is text << 24 | position; 0 is nowhere
+_POSITION = (1 << _PLACE_BITS) - 1
 
 # What is kept of a slot, columns of int64 [slots, 4]: its text (0: free), and the latest match: tokens found, of them
 # proposed, and which kind of match it was.
@@ -29,11 +30,18 @@ def write(
     counts: np.ndarray,
     in_turn: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Put the first `counts` of `new` [B, S] behind texts that have room for them.
+    """Put tokens behind texts that have room for them.
+
+    Args:
+        tokens, numbers: Of all texts.
+        text: Which ones, distinct.
+        new: What to put there, int64 [B, S].
+        counts: How many of them, the first.
+        in_turn: Whether the columns of `new` came one after the other, not its rows.
 
     Returns:
         Of each token in the order in which they came, where it is in `tokens`, its place and the salt of its text, int64
-        [N]. `in_turn`: the columns of `new` came one after the other, not its rows.
+        [N].
     """
     batch, width, total = len(text), new.shape[1], counts.sum()
     index, place, salt = np.empty(total, np.int64), np.empty(total, np.int64), np.empty(total, np.int64)
@@ -44,7 +52,7 @@ def write(
             number = text[row]
             at = numbers[number, LENGTH] + step
             index[n] = numbers[number, START] + at
-            place[n], salt[n] = number << PLACE_BITS | at, numbers[number, SALT]
+            place[n], salt[n] = number << _PLACE_BITS | at, numbers[number, SALT]
             tokens[index[n]] = new[row, step]
             n += 1
     for row in range(batch):
@@ -109,7 +117,7 @@ def look_up(
         state[slot, FOUND] = state[slot, BUCKET] = 0
         for k in range(len(orders)):
             place = table[entries[i, k]]
-            text, at = place >> PLACE_BITS, place & _POSITION
+            text, at = place >> _PLACE_BITS, place & _POSITION
             left = numbers[text, LENGTH] - at  # a number given again may be of a shorter text
             if left <= 0 or numbers[text, SALT] != numbers[own, SALT]:
                 continue

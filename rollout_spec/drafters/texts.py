@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 _FIRST_TOKENS, _FIRST_TEXTS = 1 << 16, 1 << 10
-START, LENGTH, ROOM, SALT, SOURCE, SLOT = range(6)  # columns of `Texts.numbers`
 
 
 class Texts:
@@ -15,7 +14,7 @@ class Texts:
 
     Attributes:
         tokens: int32, all texts; one is moved to get more room, all are to close gaps.
-        numbers: int64 [texts, 6], the following ones of each text.
+        numbers: int64 [texts, 6], the following ones of each text, in the order that `lookup` knows.
         start, length, room: In `tokens`; room 0: the number is free.
         salt: Of its group, so that groups share neither matches nor table entries.
         source: What it is to other texts, an index of `SOURCES`.

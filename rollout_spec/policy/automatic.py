@@ -451,7 +451,7 @@ class AutomaticPolicy(SpeculationPolicy):
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         rests = plan.reason is Reason.NOT_WORTH and self._rest > 0  # of a rest, the last pass is enough
         if not rests:
-            self._learn_costs(state, plan, outcome)
+            self._learn_pass(state, plan, outcome)
         if self._looked and math.isfinite(outcome.decision_seconds):
             self._decisions.append(outcome.decision_seconds)
             self.deciding = median_low(self._decisions)
@@ -463,7 +463,7 @@ class AutomaticPolicy(SpeculationPolicy):
             self.lengths.observe(lengths[outcome.finished])
             self.forget(gone)
 
-    def _learn_costs(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
+    def _learn_pass(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         """What the target and the drafter took, and how much of the drafts was accepted."""
         batch, context = len(state.slots), int(state.lengths.sum())
         rows = batch + int(plan.draft_lengths.sum())
