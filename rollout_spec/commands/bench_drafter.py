@@ -119,16 +119,17 @@ def capture(size: str, pairs: int, dtype: str, seed: int, json_path: Path | None
 
 @click.command("spot")
 @click.option(
-    "--draws", type=click.IntRange(2), default=10, show_default=True, help="Rollouts per neighbour."
+    "--draws", type=click.IntRange(2), default=10, show_default=True, help="RL steps per neighbour."
 )
+@click.option("--dtype", type=_DTYPES, default="bfloat16", show_default=True, help="Of the policy.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
 @report_options
-def spot(draws: int, seed: int, json_path: Path | None) -> None:
-    """What training on the worker that idles costs the one that still decodes."""
+def spot(draws: int, dtype: str, seed: int, json_path: Path | None) -> None:
+    """What training on a worker that idles costs an RL step, and the worker that still decodes."""
     from rollout_spec.benchmarks.spot import Free, start_ray
 
     start_ray()
-    results = Free(draws, seed).run()
+    results = Free(draws, seed, dtype).run()
     dummy = results["step_time_with_training_over"]["local"]["median"]
     used, late = results["used_share"], results["preemption_p99_over_micro_batch_p99"]
     checks = [
