@@ -103,15 +103,20 @@ class Learner:
         ]
         mean, tokens = torch.cat(rewards).mean(), sum(len(a.token_ids) for share in answers for a in share)
         for gains, share in zip(rewards, answers, strict=True):
-            texts = [torch.tensor(answer.prompt_token_ids + answer.token_ids) for answer in share]
-            sampled = [torch.arange(len(text)) >= len(a.prompt_token_ids) for text, a in zip(texts, share)]
-            ids, mask = pad_sequence(texts, True), pad_sequence(sampled, True)[:, 1:]
-            logits = self._model(input_ids=ids, use_cache=False).logits[:, :-1]
-            chosen = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-            (-(chosen * mask * (gains - mean)[:, None]).sum() / tokens).backward()
+            logprobs, sampled = self.logprobs(share)
+            (-(logprobs * sampled * (gains - mean)[:, None]).sum() / tokens).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def logprobs(self, answers: list[Completion]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all tokens but the first, float32 [B, T], and whether each was sampled, bool [B, T]; padded on the right."""
+        texts = [torch.tensor(answer.prompt_token_ids + answer.token_ids) for answer in answers]
+        sampled = [torch.arange(len(text)) >= len(a.prompt_token_ids) for text, a in zip(texts, answers)]
+        ids = pad_sequence(texts, True)
+        logits = self._model(input_ids=ids, use_cache=False).logits[:, :-1]
+        chosen = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        return chosen, pad_sequence(sampled, True)[:, 1:]
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The policy by name, float32."""
