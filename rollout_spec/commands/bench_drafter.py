@@ -121,7 +121,13 @@ def capture(size: str, pairs: int, dtype: str, seed: int, json_path: Path | None
 @click.option(
     "--draws", type=click.IntRange(2), default=10, show_default=True, help="RL steps per neighbour."
 )
-@click.option("--dtype", type=_DTYPES, default="bfloat16", show_default=True, help="Of the policy.")
+@click.option(
+    "--dtype",
+    type=click.Choice(_DTYPES.choices[1:]),
+    default="bfloat16",
+    show_default=True,
+    help="Of the policy.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
 @report_options
 def spot(draws: int, dtype: str, seed: int, json_path: Path | None) -> None:

@@ -55,5 +55,7 @@ def test_steps_train_on_the_worker_that_idles(cluster: None) -> None:
     results = Free(draws=2, seed=0, long=2).run()
     assert results["micro_batches"] > 0 and 0 < results["used_share"] <= 1
     assert results["coordinator"]["step"] > 0
+    short, long = (results["workers"][f"worker-{place}"]["micro_batches"] for place in range(2))
+    assert short > long
     for kind in NEIGHBOURS:
         assert 0 < results["rollout_seconds"][kind] < results["step_seconds"][kind]
