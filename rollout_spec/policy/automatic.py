@@ -32,6 +32,7 @@ from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
 from rollout_spec.policy.doubt import Leads, UntilInDoubt
 from rollout_spec.policy.lengths import RemainingLength
 from rollout_spec.policy.online_costs import OnlineCosts
+from rollout_spec.policy.own_caches import OwnCaches
 from rollout_spec.policy.records import (
     HISTORY,
     Matches,
@@ -159,6 +160,7 @@ class AutomaticPolicy(SpeculationPolicy):
         self._decisions: deque[float] = deque(maxlen=_DECISIONS)
         self.deciding = 0.0  # seconds that a decision takes
         self._known: dict[str, _Known] = {}
+        self._own_caches = OwnCaches()
         self._compile()
 
     def _compile(self) -> None:
@@ -301,8 +303,11 @@ class AutomaticPolicy(SpeculationPolicy):
             return Plan.plain(batch, Reason.NOT_WORTH, plain_seconds)
         if arm == best:
             self._held = HOLD
-        instead = gains[best] if reason is Reason.EXPLORE else None
-        return self._carry_out(round, arm, candidates.get(arm), reason, instead)
+            return self._carry_out(round, arm, candidates.get(arm), reason)
+        plan = self._carry_out(round, arm, candidates.get(arm), reason, gains[best])
+        if self._last is not None and arm in self._own_caches:
+            self._held = 1  # it reads what it missed first; the pass after shows what it is worth
+        return plan
 
     def _carry_out(
         self, round: Round, arm: str, chosen: Candidate | None, reason: Reason, instead: float | None = None
@@ -329,7 +334,8 @@ class AutomaticPolicy(SpeculationPolicy):
         """Draft as far as in the last pass, where there is room; history would have to match anew for that."""
         if (why := self._plain_for_comparison(len(room), last.gain)) is not None:
             return Plan.plain(len(room), why, self._plain_seconds)
-        return replace(last, draft_lengths=np.minimum(last.draft_lengths, room), reason=Reason.STILL_PAYS)
+        reason = last.reason if last.reason is Reason.EXPLORE else Reason.STILL_PAYS
+        return replace(last, draft_lengths=np.minimum(last.draft_lengths, room), reason=reason)
 
     def _plain_for_comparison(self, batch: int, gain: float) -> Reason | None:
         """Why this pass is to show what plain decoding does, if it is."""
@@ -450,12 +456,14 @@ class AutomaticPolicy(SpeculationPolicy):
 
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         rests = plan.reason is Reason.NOT_WORTH and self._rest > 0  # of a rest, the last pass is enough
+        behind = self._own_caches.behind(plan, state)
         if not rests:
-            self._learn_pass(state, plan, outcome)
+            self._learn_pass(state, plan, outcome, behind)
         if self._looked and math.isfinite(outcome.decision_seconds):
             self._decisions.append(outcome.decision_seconds)
             self.deciding = median_low(self._decisions)
-        self._learn_gain(state, plan.forecast, outcome)
+        self._learn_gain(state, plan.forecast, outcome, behind)
+        self._own_caches.drafted(plan, state)
         if outcome.finished.any():
             gone = state.slots[outcome.finished]
             cut_off = outcome.emitted >= state.allowed
@@ -463,20 +471,21 @@ class AutomaticPolicy(SpeculationPolicy):
             self.lengths.observe(lengths[outcome.finished])
             self.forget(gone)
 
-    def _learn_pass(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
-        """What the target and the drafter took, and how much of the drafts was accepted."""
+    def _learn_pass(self, state: StepState, plan: Plan, outcome: StepOutcome, behind: bool) -> None:
+        """What the target and, unless it was `behind`, the drafter took, and how much of the drafts was accepted."""
         batch, context = len(state.slots), int(state.lengths.sum())
         rows = batch + int(plan.draft_lengths.sum())
         self.costs.observe_target(batch, rows, context, outcome.target_seconds)
         if plan.drafter is not None and rows > batch:
             own = plan.draft_lengths - plan.from_history
             drafted = own if outcome.drafted is None else outcome.drafted
-            self.costs.observe_drafting(
-                plan.drafter, context, drafted, plan.from_history, outcome.draft_seconds
-            )
+            if not behind:
+                self.costs.observe_drafting(
+                    plan.drafter, context, drafted, plan.from_history, outcome.draft_seconds
+                )
             self._learn_acceptance(plan.drafter, state, plan, outcome, own)
 
-    def _learn_gain(self, state: StepState, forecast: object, outcome: StepOutcome) -> None:
+    def _learn_gain(self, state: StepState, forecast: object, outcome: StepOutcome, behind: bool) -> None:
         """What the pass was worth, also if nothing came of its drafts; nothing if only some sequences took part."""
         if not isinstance(forecast, _Forecast) or len(state.slots) != len(forecast.slots):
             return
@@ -486,7 +495,8 @@ class AutomaticPolicy(SpeculationPolicy):
         weights[np.argsort(state.slots)] = forecast.weights[planned]  # the order may differ
         worth = float(weights @ np.minimum(outcome.accepted + 1, state.allowed))
         gain = worth * forecast.plain_seconds / outcome.seconds
-        self.arbiter.observe(forecast.arm, len(state.slots), forecast.gain, gain)
+        if not behind:
+            self.arbiter.observe(forecast.arm, len(state.slots), forecast.gain, gain)
         if forecast.instead is not None:
             worth *= forecast.together
             self.arbiter.charge(outcome.seconds - worth * forecast.plain_seconds / forecast.instead)
@@ -504,7 +514,8 @@ class AutomaticPolicy(SpeculationPolicy):
             self.leads[drafter].observe(outcome.leads, tried, accepted)
 
     def add_drafter(self, name: str, cost: PassCost) -> None:
-        """It drafts by itself only, not behind history."""
+        """It drafts by itself only, not behind history, and has a cache of its own."""
+        self._own_caches.add(name)
         self.costs.add(name, cost)
         self.arbiter.add(name)
         self.acceptance[name], self.leads[name] = AcceptanceTracker(self.longest), Leads()
@@ -518,6 +529,7 @@ class AutomaticPolicy(SpeculationPolicy):
         for tracker in self.acceptance.values():
             tracker.discount(_KEPT_BY_UPDATE)
         self.arbiter.discount(_KEPT_BY_UPDATE)
+        self._own_caches.clear()
 
     def _fade(self) -> None:
         """What is not used is known less and less, so that it is tried again: no verdict is for ever."""
@@ -528,5 +540,6 @@ class AutomaticPolicy(SpeculationPolicy):
                 tracker.discount(_FADE)
 
     def forget(self, slots: np.ndarray) -> None:
+        self._own_caches.forget(slots)
         for tracker in self.acceptance.values():
             tracker.forget(slots)

@@ -207,7 +207,10 @@ class SpeculationPolicy(Protocol):
         """The weights have changed: what was learnt about acceptance is older now."""
 
     def add_drafter(self, name: str, cost: PassCost) -> None:
-        """Another drafter with weights may come up in `StepState.drafters`; `cost` is that of its step."""
+        """Another drafter with weights may come up in `StepState.drafters`; `cost` is that of its step.
+
+        It has a cache of its own, and first reads what it missed in passes in which it did not draft.
+        """
         return
 
     def observe_shadow(self, drafter: str, slots: np.ndarray, accepted: np.ndarray) -> None:

@@ -1,0 +1,52 @@
+"""Drafters with a cache of their own, and whether a pass shows what such a one is worth.
+
+A self-drafter reads the target's cache. A trained drafter has its own, which holds what was there when it drafted last:
+in the first pass after others have drafted it reads what it missed. That pass takes longer than any that follows, and
+says little of what it would cost to go on.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rollout_spec.policy.records import Plan, StepState
+
+_NOBODY = np.zeros(0, np.int64)
+
+
+class OwnCaches:
+    """Who drafted in the last pass, for which sequences."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._last: str | None = None
+        self._slots = _NOBODY
+
+    def add(self, drafter: str) -> None:
+        """This drafter has a cache of its own."""
+        self._names.add(drafter)
+
+    def __contains__(self, drafter: str) -> bool:
+        return drafter in self._names
+
+    def behind(self, plan: Plan, state: StepState) -> bool:
+        """Whether the drafter of this pass has missed more than what the last pass brought."""
+        if plan.drafter not in self._names:
+            return False
+        return plan.drafter != self._last or not np.isin(_drafting(plan, state), self._slots).all()
+
+    def drafted(self, plan: Plan, state: StepState) -> None:
+        """This pass was run."""
+        self._last, self._slots = plan.drafter, _drafting(plan, state)
+
+    def forget(self, slots: np.ndarray) -> None:
+        """These sequences are gone; their slots may be used again."""
+        self._slots = np.setdiff1d(self._slots, slots)
+
+    def clear(self) -> None:
+        """All is to be read again, as after new weights."""
+        self._last, self._slots = None, _NOBODY
+
+
+def _drafting(plan: Plan, state: StepState) -> np.ndarray:
+    return state.slots[plan.draft_lengths > plan.from_history]
