@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,10 @@ from rollout_spec.contracts import WeightError, invalid
 from rollout_spec.drafters.base import DraftRound, Proposal, draft
 from rollout_spec.drafters.eagle_spec import HEAD, EagleSpec
 from rollout_spec.drafters.quantizers.base import QuantizedLinear, Quantizer
+from rollout_spec.kernels.decoder_layer import KernelLayer, KernelLayers, LayersInOneCall
 from rollout_spec.models.decoder import Attend, Decoder
+from rollout_spec.models.elementwise import gated_silu, norm, norm_rotate
 from rollout_spec.models.linear import Linear, make_linear
-from rollout_spec.models.rope import rotate
 from rollout_spec.models.weights import Piece
 
 NAME = "adaptive"
@@ -30,7 +32,10 @@ _LAYER = "layers.0."
 
 @dataclass(frozen=True)
 class _Weights:
-    """The layer; `input_norm`, `hidden_norm` and `norm` are None for kind `eagle`, `head` is None without an own one."""
+    """The layer; `input_norm`, `hidden_norm` and `norm` are None for kind `eagle`, `head` is None without an own one.
+
+    The dtype of the norms is that of the pass.
+    """
 
     fc: Linear
     input_norm: Tensor | None
@@ -42,6 +47,15 @@ class _Weights:
     down: Linear
     norm: Tensor | None
     head: Linear | None
+
+    @cached_property
+    def for_kernels(self) -> KernelLayers | None:
+        """The layer for this project's CPU kernels, if all of it runs on them."""
+        linears = [x.for_kernels() for x in (self.qkv, self.o, self.gate_up, self.down)]
+        found = [x for x in linears if x is not None]
+        if len(found) < len(linears):
+            return None
+        return KernelLayers([KernelLayer(None, None, self.post_norm, *found)])
 
 
 class EagleModel:
@@ -60,15 +74,20 @@ class EagleModel:
             x = w.fc(torch.cat((embedded, features), 1))
             read = x
         else:
-            x = features if own else w.fc(features)
+            x = features.clone() if own else w.fc(features)
             read = torch.cat((self._norm(embedded, w.input_norm), self._norm(x, w.hidden_norm)), 1)
-        heads, rotated = spec.num_heads, spec.num_heads + spec.num_kv_heads
-        qkv = w.qkv(read).view(len(tokens), rotated + spec.num_kv_heads, spec.head_dim)
+        eps, heads, rotated = spec.rms_norm_eps, spec.num_heads, spec.num_heads + spec.num_kv_heads
         cos, signed_sin = self._target.rope(positions)
-        qk = rotate(qkv[:, :rotated], cos, signed_sin)
-        x = x + w.o(attend(0, qk[:, :heads], qk[:, heads:], qkv[:, rotated:]))
-        gate, up = w.gate_up(self._norm(x, w.post_norm)).chunk(2, 1)
-        return x + w.down(F.silu(gate) * up)
+        paged = getattr(attend, "paged", None)
+        block = None if paged is None else w.for_kernels
+        if block is not None and block.dtype == x.dtype:
+            LayersInOneCall(block, x, heads, cos, signed_sin, eps, paged, read)(0, 1)
+            return x
+        qkv = w.qkv(read).view(len(tokens), rotated + spec.num_kv_heads, spec.head_dim)
+        qk = norm_rotate(qkv, rotated, None, cos, signed_sin, eps)
+        x += w.o(attend(0, qk[:, :heads], qk[:, heads:], qkv[:, rotated:]))
+        x += w.down(gated_silu(w.gate_up(norm(x, w.post_norm, eps))))
+        return x
 
     def prediction(self, states: Tensor) -> Tensor:
         """What the head reads [R, H]."""
@@ -76,7 +95,7 @@ class EagleModel:
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         assert weight is not None
-        return torch.rms_norm(x, (x.shape[-1],), None, self.spec.rms_norm_eps).mul_(weight)
+        return norm(x, weight, self.spec.rms_norm_eps)
 
 
 class EagleDrafter:

@@ -12,7 +12,7 @@ struct Linear {
 };
 constexpr int64_t BF16 = -1;
 
-// Norm weights are [hidden]; qk_norm, [heads + kv_heads, head_dim], may be null.
+// Norm weights are [hidden]; input_norm, and qk_norm, [heads + kv_heads, head_dim], may be null.
 struct Layer {
     const void *input_norm, *qk_norm, *post_norm;
     Linear qkv, o, gate_up, down;
@@ -58,11 +58,15 @@ EXPORT int64_t decoder_layer_scratch(const Layer* layer, const Pass* pass) {
            pass->bytes(layer->gate_up.n) + pass->bytes(layer->down.k);
 }
 
-// What comes before attention: qkv [rows, heads + 2 * kv_heads, head_dim] of x [rows, hidden], normed and rotated.
+// What comes before attention: qkv [rows, heads + 2 * kv_heads, head_dim] of x [rows, qkv.k], normed if there is an
+// input_norm, then rotated.
 EXPORT void decoder_layer_before(const Layer* layer, const Pass* pass, const void* x, void* qkv, char* scratch) {
     const Pass& p = *pass;
-    rms_norm(p.is_bf16, x, layer->input_norm, p.rows, p.hidden, p.eps, scratch, p.threads);
-    p.multiply(layer->qkv, scratch, qkv);
+    if (layer->input_norm) {
+        rms_norm(p.is_bf16, x, layer->input_norm, p.rows, p.hidden, p.eps, scratch, p.threads);
+        x = scratch;
+    }
+    p.multiply(layer->qkv, x, qkv);
     norm_rotate(p.is_bf16, qkv, layer->qkv.n, layer->qk_norm, p.cosine, p.signed_sine, p.rows, p.heads + p.kv_heads,
                 p.head_dim, p.eps, p.threads);
 }
@@ -81,16 +85,17 @@ EXPORT void decoder_layer_after(const Layer* layer, const Pass* pass, void* x, c
     p.add(x, added);
 }
 
-// `count` layers that follow each other, of one shape; x [rows, hidden], the residual stream, in place. keys and values
-// are the first one's cache, and those of the others lie cache_stride bytes apart.
-EXPORT void decoder_layers(const Layer* layers, int64_t count, const Pass* pass, void* x, char* keys, char* values,
-                           int64_t cache_stride, char* scratch) {
+// `count` layers that follow each other, of one shape; x [rows, hidden], the residual stream, in place. The first reads
+// `read` [rows, qkv.k], which may be x. keys and values are the first one's cache, and those of the others lie
+// cache_stride bytes apart.
+EXPORT void decoder_layers(const Layer* layers, int64_t count, const Pass* pass, void* x, const void* read, char* keys,
+                           char* values, int64_t cache_stride, char* scratch) {
     const Pass& p = *pass;
     for (const Layer *layer = layers; layer < layers + count; layer++, keys += cache_stride, values += cache_stride) {
         char *qkv = scratch, *attended = qkv + p.bytes(layer->qkv.n), *rest = attended + p.bytes(layer->o.k);
         int64_t rotated = p.heads + p.kv_heads, stride = layer->qkv.n, head = p.head_dim * p.size();
 
-        decoder_layer_before(layer, pass, x, qkv, rest);
+        decoder_layer_before(layer, pass, layer == layers ? read : x, qkv, rest);
         store_entries(p.size(), qkv + p.heads * head, stride, qkv + rotated * head, stride, p.cache_rows, p.rows,
                       p.kv_heads, p.head_dim, keys, values);
         attention(p.is_bf16, qkv, stride, keys, values, p.head_stride, p.block_size, p.head_dim, p.heads, p.kv_heads,

@@ -74,9 +74,12 @@ class KernelWeight:
 
 @dataclass(frozen=True)
 class KernelLayer:
-    """The weights of a layer, see `models.decoder.LayerWeights`; norms contiguous, in the dtype of the pass."""
+    """The weights of a layer, see `models.decoder.LayerWeights`; norms contiguous, in the dtype of the pass.
 
-    input_norm: Tensor
+    Without an `input_norm`, queries, keys and values are of what the layer is given as it is.
+    """
+
+    input_norm: Tensor | None
     qk_norm: Tensor | None
     post_norm: Tensor
     qkv: KernelWeight
@@ -87,7 +90,7 @@ class KernelLayer:
     def structure(self) -> _Layer:
         """What C++ reads; it holds none of the tensors."""
         norms, linears = (self.input_norm, self.qk_norm, self.post_norm), self.linears
-        assert all(x is None or (x.is_contiguous() and x.dtype == self.input_norm.dtype) for x in norms)
+        assert all(x is None or (x.is_contiguous() and x.dtype == self.post_norm.dtype) for x in norms)
         return _Layer(*map(_address, norms), *(x.structure() for x in linears))
 
     @property
@@ -104,9 +107,9 @@ class KernelLayers:
     """
 
     def __init__(self, layers: Sequence[KernelLayer]) -> None:
-        self.kernels, self.dtype = layers[0].qkv.kernels, layers[0].input_norm.dtype
+        self.kernels, self.dtype = layers[0].qkv.kernels, layers[0].post_norm.dtype
         assert all(x.kernels is self.kernels for layer in layers for x in layer.linears)
-        assert all(layer.input_norm.dtype == self.dtype for layer in layers)
+        assert all(layer.post_norm.dtype == self.dtype for layer in layers)
         self._held = tuple(layers)
         self._structures = (_Layer * len(layers))(*(layer.structure() for layer in layers))
         self._here = ctypes.addressof(self._structures)
@@ -184,7 +187,10 @@ class _Layers:
 
 
 class LayersInOneCall(_Layers):
-    """With attention over a paged cache, the rows being `at` these places of it."""
+    """With attention over a paged cache, the rows being `at` these places of it.
+
+    The layer that is computed first in a call has its queries, keys and values of `read` [R, its own K], if that is not x.
+    """
 
     def __init__(
         self,
@@ -195,8 +201,11 @@ class LayersInOneCall(_Layers):
         signed_sine: Tensor,
         eps: float,
         at: PagedRows,
+        read: Tensor | None = None,
     ) -> None:
         keys, values = at.keys, at.values
+        self._read = x if read is None else read
+        assert self._read.is_contiguous() and self._read.dtype == x.dtype and len(self._read) == len(x)
         assert all(t.is_contiguous() and t.dtype == x.dtype for t in (keys, values))
         assert len(at.first) == len(x) and len(layers) == len(keys) and layers.kernels is at.kernels
         super().__init__(layers, x, (heads, keys.shape[1], keys.shape[-1]), cosine, signed_sine, eps, at)
@@ -206,8 +215,8 @@ class LayersInOneCall(_Layers):
         """Compute the layers `start .. stop`; layer i reads and writes part i of the cache."""
         keys, values = (part + start * self._stride for part in self._cache)
         self._library.decoder_layers(
-            self._layers.address(start), stop - start, self._here, self._x.data_ptr(), keys, values, self._stride,
-            self._scratch,
+            self._layers.address(start), stop - start, self._here, self._x.data_ptr(), self._read.data_ptr(), keys, values,
+            self._stride, self._scratch,
         )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ _SIGNATURES = {
     "uniform_noise": ([_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _INT], None),
     "race": ([_POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER, _INT], None),
     "decoder_layer_scratch": ([_POINTER, _POINTER], _SIZE),
-    "decoder_layers": ([_POINTER, _SIZE, *[_POINTER] * 4, _SIZE, _POINTER], None),
+    "decoder_layers": ([_POINTER, _SIZE, *[_POINTER] * 5, _SIZE, _POINTER], None),
     "decoder_layer_before": ([*[_POINTER] * 5], None),
     "decoder_layer_after": ([*[_POINTER] * 5], None),
 }
