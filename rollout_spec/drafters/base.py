@@ -85,7 +85,7 @@ def draft(round: DraftRound, forward: Callable[[Tensor | None, int], Tensor]) ->
     healthy: Tensor | None = None
     for step in range(len(round.active)):
         raw = forward(tokens, step)
-        finite = (raw < torch.inf).all()
+        finite = raw.amax() < torch.inf  # NaN is the largest
         healthy = finite if healthy is None else healthy & finite
         processed = round.process(raw, step, drafted)
         if round.more is None:

@@ -67,6 +67,10 @@ class Following:
         self._tables = follower.runner.tables(self._slots.tables[rows], known + lengths[: len(rows)])
         self._device_tables = self._to(self._tables)
         self._context = self._slots.features[rows, CONTEXT]
+        step = np.arange(int(lengths.max()))
+        inside = step < lengths[: len(rows), None]
+        positions = np.where(inside, self._last[:, None] + step, 0)
+        self._steps = self._to(positions), self._to(self._cache.at(self._tables, positions, inside))
 
     def __call__(
         self, model: FeatureModel, tokens: Tensor | None, states: Tensor | None, step: int
@@ -74,9 +78,12 @@ class Following:
         if tokens is None or states is None:
             return self._read(model)
         count = int((self._lengths > step).sum())
-        positions = self._last[:count, None] + step
-        attend, at, _ = self._attention(positions, np.ones_like(positions, bool))
-        return model.hidden(tokens[:count, 0], at, states[:count], attend, own=True)
+        positions, places = (x[:count, step] for x in self._steps)
+        tables, context = self._device_tables[:count], self._device_context[:count]
+        attend = PagedAttention(
+            self._cache, Rows(places.flatten(), tables, positions[:, None], None, context), drafting=True
+        )
+        return model.hidden(tokens[:count, 0], positions, states[:count], attend, own=True)
 
     def _read(self, model: FeatureModel) -> Tensor:
         """States `[B, H]` after the last pair of every sequence; the pairs before it that are not read yet come along."""
@@ -105,6 +112,7 @@ class Following:
                 states = found.new_zeros(len(rows), found.shape[1])
             states[self._to(sequence[ends])] = found[self._to(np.flatnonzero(ends))]
         assert states is not None
+        self._device_context = self._to(self._context)
         slots.features[rows, CONTEXT] = np.where(blind, context, self._context)
         slots.features[rows, READ] = np.where(blind, read, last + 1)
         return states

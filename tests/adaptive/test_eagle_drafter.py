@@ -9,6 +9,8 @@ import torch
 from rollout_spec import SamplingParams
 from rollout_spec.contracts import InvalidRequest, WeightError
 from rollout_spec.drafters.eagle import EagleDrafter
+from rollout_spec.kernels.decoder_layer import LayersInOneCall
+from rollout_spec.kernels.library import kernels
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, RandomLengths
 from rollout_spec.policy.cost_model import CostModel, PassCost
@@ -123,6 +125,33 @@ def test_whatever_came_before_it_computes_what_a_dense_forward_over_all_pairs_do
         assert torch.allclose(state, expected, atol=2e-3, rtol=1e-3), (len(known), len(chain))
         checked += len(chain) > 0
     assert checked > 10
+
+
+@pytest.mark.skipif(kernels() is None, reason="this machine has none of the CPU kernels")
+@pytest.mark.parametrize("kind", SPECS)
+def test_its_layer_in_one_call_changes_no_bit(model, kind, monkeypatch):
+    """Without the call it runs kernel by kernel."""
+    engine, _ = engine_with(model, kind, speculation={"adaptive_quantizer": "int8"})
+    layer, calls, run = engine.backend.adaptive.drafter.model.weights, [], LayersInOneCall.__call__
+
+    def counted(self, *span):
+        calls.append(self._layers)
+        run(self, *span)
+
+    monkeypatch.setattr(LayersInOneCall, "__call__", counted)
+    watched = Watched(engine, monkeypatch)
+    engine.backend.policy = Toggled(3)
+    generate(engine)
+    states = [state for *_, state, _ in watched.seen]
+    assert len(states) > 100 and calls.count(layer.for_kernels) > 30
+    monkeypatch.setitem(vars(layer), "for_kernels", None)
+    calls.clear()
+    watched.seen.clear()
+    engine.backend.policy = Toggled(3)
+    generate(engine)
+    assert not calls
+    for (*_, state, _), expected in zip(watched.seen, states, strict=True):
+        assert torch.equal(state, expected)
 
 
 @pytest.mark.parametrize("kind", SPECS)

@@ -1,5 +1,6 @@
 """A layer in one call, or in two around attention, is the kernels one by one, to the bit."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -26,8 +27,8 @@ def gaussian(*shape, seed, dtype):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def make_layer(kernels, kind, dtype, normed, bias, seed):
-    shapes = {"qkv": ((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), "o": (HIDDEN, HEADS * DIM)}
+def make_layer(kernels, kind, dtype, normed, bias, seed, reads=HIDDEN):
+    shapes = {"qkv": ((HEADS + 2 * KV_HEADS) * DIM, reads), "o": (HIDDEN, HEADS * DIM)}
     shapes |= {"gate_up": (2 * WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
     linears = {}
     for number, (name, shape) in enumerate(shapes.items()):
@@ -41,10 +42,6 @@ def make_layer(kernels, kind, dtype, normed, bias, seed):
     return LayerWeights(
         input_norm=norms[0], post_norm=norms[0].flip(0), qk_norm=norms[1] if normed else None, **linears
     )
-
-
-def together(layers):
-    return KernelLayers([layer.for_kernels() for layer in layers])
 
 
 class Batch:
@@ -65,11 +62,14 @@ class Batch:
         flat = self.tables[self.sequences, place // BLOCK] * BLOCK + place % BLOCK
         self.cache_rows = (flat[:, None] + torch.arange(KV_HEADS) * BLOCKS * BLOCK).flatten()
 
-    def in_one_call(self, layers, stops=(LAYERS,)):
+    def in_one_call(self, layers, stops=(LAYERS,), read=None):
         at = PagedRows(
             self.kernels, self.keys, self.values, self.cache_rows, self.tables, self.sequences, self.first, self.last
         )  # fmt: skip
-        run = LayersInOneCall(together(layers), self.x, HEADS, self.cosine, self.sine, EPS, at)
+        own = [layer.for_kernels() for layer in layers]
+        if read is not None:
+            own[0] = replace(own[0], input_norm=None)
+        run = LayersInOneCall(KernelLayers(own), self.x, HEADS, self.cosine, self.sine, EPS, at, read)
         for start, stop in pairwise((0, *stops)):
             run(start, stop)
 
@@ -83,17 +83,18 @@ class Batch:
             seen = self.tables, self.sequences, self.first, self.last
             return self.kernels.attention(q, keys, values, *seen).t().contiguous().t()
 
-        run = LayersAroundAttention(together(layers), self.x, heads, self.cosine, self.sine, EPS, attend)
+        own = KernelLayers([layer.for_kernels() for layer in layers])
+        run = LayersAroundAttention(own, self.x, heads, self.cosine, self.sine, EPS, attend)
         for start, stop in pairwise((0, *stops)):
             run(start, stop)
 
-    def one_by_one(self, layers):
+    def one_by_one(self, layers, read=None):
         own, rotated = self.kernels, HEADS + KV_HEADS
         for index, layer in enumerate(layers):
             keys, values = self.keys[index], self.values[index]
-            qkv = layer.qkv(own.rms_norm(self.x, layer.input_norm, EPS)).view(
-                self.rows, rotated + KV_HEADS, DIM
-            )
+            if read is None:
+                read = own.rms_norm(self.x, layer.input_norm, EPS)
+            qkv, read = layer.qkv(read).view(self.rows, rotated + KV_HEADS, DIM), None
             own.norm_rotate(qkv, rotated, layer.qk_norm, self.cosine, self.sine, EPS)
             own.store_entries(qkv[:, HEADS:rotated], qkv[:, rotated:], self.cache_rows, keys, values)
             seen = self.tables, self.sequences, self.first, self.last
@@ -112,6 +113,22 @@ def test_it_is_the_kernels_one_by_one(kernels, threads, kind, dtype, rows, norme
     getattr(found, way)(layers)
     expected.one_by_one(layers)
     assert found.x.isfinite().all() and not torch.equal(found.x, before)
+    for name in ("x", "keys", "values"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize(("kind", "dtype"), CASES)
+@pytest.mark.parametrize("reads", [HIDDEN, 2 * HIDDEN])
+def test_one_without_an_input_norm_reads_what_it_is_given(kernels, threads, kind, dtype, reads):
+    """What the layers after it read is normed as ever."""
+    layers = [
+        make_layer(kernels, kind, dtype, False, kind == "bf16", 10 * n, HIDDEN if n else reads)
+        for n in range(LAYERS)
+    ]
+    found, expected = Batch(kernels, 3, dtype), Batch(kernels, 3, dtype)
+    read = gaussian(3, reads, seed=6, dtype=dtype)
+    found.in_one_call(layers, read=read)
+    expected.one_by_one(layers, read)
     for name in ("x", "keys", "values"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
