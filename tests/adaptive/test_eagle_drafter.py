@@ -8,7 +8,7 @@ import torch
 
 from rollout_spec import SamplingParams
 from rollout_spec.contracts import InvalidRequest, WeightError
-from rollout_spec.drafters.eagle import EagleDrafter
+from rollout_spec.drafters.eagle import EagleDrafter, EagleModel
 from rollout_spec.kernels.decoder_layer import LayersInOneCall
 from rollout_spec.kernels.library import kernels
 from rollout_spec.policy.automatic import AutomaticPolicy
@@ -152,6 +152,24 @@ def test_its_layer_in_one_call_changes_no_bit(model, kind, monkeypatch):
     assert not calls
     for (*_, state, _), expected in zip(watched.seen, states, strict=True):
         assert torch.equal(state, expected)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("quantizer", ["none", "int8"])
+def test_the_features_it_reads_stay_as_they_are(model, kind, quantizer, monkeypatch):
+    engine, _ = engine_with(model, kind, speculation={"adaptive_quantizer": quantizer})
+    engine.backend.policy, compute, own_ones = Fixed(3), EagleModel.hidden, []
+
+    def watched(self, tokens, positions, features, attend, *, own):
+        before = features.clone()
+        states = compute(self, tokens, positions, features, attend, own=own)
+        assert torch.equal(features, before)
+        own_ones.append(own)
+        return states
+
+    monkeypatch.setattr(EagleModel, "hidden", watched)
+    generate(engine)
+    assert {True, False} == set(own_ones)
 
 
 @pytest.mark.parametrize("kind", SPECS)
