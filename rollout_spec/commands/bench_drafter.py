@@ -36,7 +36,7 @@ _DTYPES = click.Choice(("auto", "float32", "bfloat16"))
 )
 @click.option("--batch", type=click.IntRange(1, 32), multiple=True, help="Of a rollout; default: 8.")
 @click.option("--self-drafter", type=click.Choice(DRAFTERS[:-1]), default="auto", show_default=True)
-@click.option("--quantizer", type=click.Choice(ADAPTIVE_QUANTIZERS), default="int8", show_default=True,
+@click.option("--quantizer", type=click.Choice(ADAPTIVE_QUANTIZERS), default="int4", show_default=True,
               help="Of the trained drafter's linears.")  # fmt: skip
 @click.option("--dtype", type=_DTYPES, default="auto", show_default=True, help="Of the policy.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")

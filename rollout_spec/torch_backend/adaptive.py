@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rollout_spec.drafters.base import DraftRound, Proposal
+from rollout_spec.drafters.base import DraftRound, Proposal, draft
 from rollout_spec.drafters.eagle import EagleDrafter
 from rollout_spec.drafters.eagle_spec import EagleSpec
 from rollout_spec.drafters.guard import DrafterGuard, DrafterReport
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 SHADOW_TOKENS = 256  # drafted in shadow
 _SHADOW_EVERY = 8  # passes
-_BATCHES, _CONTEXTS, _REPEATS = (1, 4, 16), (64, 512), 3
+_BATCHES, _CONTEXTS, _STEPS, _REPEATS = (1, 4, 16), (64, 512), 2, 3
 
 logger = logging.getLogger("rollout_spec")
 
@@ -145,29 +146,48 @@ class Adaptive:
             logger.info("drafter %s, version %d, leaves the shadow", self.drafter.name, self.drafter.version)
 
     def costs(self) -> CostModel:
-        """Its step, timed on scratch memory for a few batches and contexts."""
-        cache, drafter, device = self.follower.cache, self.drafter, self._backend.device
-        timings = []
+        """Its step, its draw included, timed on scratch memory for a few batches and contexts."""
+        timings, device = [], self._backend.device
         for batch in _BATCHES:
             for context in _CONTEXTS:
-                blocks = -(-context // cache.block_size)
-                tables = torch.full((batch, blocks), cache.scratch_block, device=device)
-                sink = torch.full((batch,), cache.sink_block, device=device)
-                kv_rows = cache.rows(sink, torch.arange(batch, device=device) % cache.block_size)
-                last = torch.full((batch, 1), blocks * cache.block_size - 1, device=device)
-                attend = PagedAttention(cache, Rows(kv_rows, tables, last), drafting=True)
-                states = torch.zeros(
-                    batch, drafter.spec.hidden_size, dtype=self._backend.dtype, device=device
-                )
-                ids = torch.zeros(batch, dtype=torch.int64, device=device)
+                run = self._on_scratch(batch, context)
                 for _ in range(_REPEATS):
                     _synchronize(device)
                     start = time.perf_counter()
-                    drafter.logits(drafter.model.hidden(ids, ids, states, attend, own=True)).argmax(-1)
+                    run()
                     _synchronize(device)
-                    seconds = time.perf_counter() - start
-                    timings.append(PassTiming(drafter.name, batch, batch, batch * context, seconds))
+                    seconds = (time.perf_counter() - start) / _STEPS
+                    timings.append(PassTiming(self.drafter.name, batch, batch, batch * context, seconds))
         return fit(timings)
+
+    def _on_scratch(self, batch: int, context: int) -> Callable[[], Proposal]:
+        """What drafts `_STEPS` tokens of so many sequences, each of so many tokens, of scratch memory."""
+        cache, drafter, device = self.follower.cache, self.drafter, self._backend.device
+        blocks = -(-context // cache.block_size)
+        tables = torch.full((batch, blocks), cache.scratch_block, device=device)
+        sink = torch.full((batch,), cache.sink_block, device=device)
+        kv_rows = cache.rows(sink, torch.arange(batch, device=device) % cache.block_size)
+        last = torch.full((batch, 1), blocks * cache.block_size - 1, device=device)
+        attend = PagedAttention(cache, Rows(kv_rows, tables, last), drafting=True)
+        states = torch.zeros(batch, drafter.spec.hidden_size, dtype=self._backend.dtype, device=device)
+        ids = torch.zeros(batch, dtype=torch.int64, device=device)
+
+        def forward(tokens: Tensor | None, step: int) -> Tensor:
+            return drafter.logits(drafter.model.hidden(ids, ids, states, attend, own=True))[:, None]
+
+        def process(raw: Tensor, step: int, drafted: list[Tensor]) -> Tensor:
+            return raw
+
+        active, keys = (batch,) * _STEPS, ids[:, None]
+        round = DraftRound(
+            active,
+            self._backend.coupled,
+            _shares_no_cache,
+            process,
+            lambda step: keys,
+            more=lambda leads: True,
+        )
+        return lambda: draft(round, forward)
 
     def _restart(self) -> None:
         self._backend.scheduler.unread()
