@@ -23,7 +23,7 @@ from rollout_spec.policy.baselines import Delegate, Fixed, Off
 from rollout_spec.policy.records import Plan, SpeculationPolicy, StepOutcome, StepState
 
 _FEW, _LONGEST = 96, 192  # tokens of an answer: at a fixed draft length, and in a rollout
-LENGTHS = {1: (3, 5, 7), 4: (1, 2, 3)}  # draft lengths to choose from, by batch size
+LENGTHS = {1: (3, 5, 7, 10), 4: (1, 2, 3)}  # draft lengths to choose from, by batch size
 _CHOOSING = 2  # rollouts to choose one by
 
 
