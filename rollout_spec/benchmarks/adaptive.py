@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,13 @@ class AdaptiveBenchmark:
         uncounted: int = 0,
         longest: int = _LONGEST,
     ) -> tuple[dict[str, list[float]], dict[str, SpecCounts]]:
-        names = list(policies)
-        seconds: dict[str, list[float]] = {policy: [] for policy in names}
-        spec = {policy: SpecCounts() for policy in names}
+        orders = list(permutations(policies))  # the end of one rollout can delay the next
+        seconds: dict[str, list[float]] = {policy: [] for policy in policies}
+        spec = {policy: SpecCounts() for policy in policies}
         for draw, prompts in enumerate(rollouts):
             ids = [f"{name}-{draw}-{row}" for row in range(len(prompts))]
             tokens: list[list[int]] | None = None
-            for policy in names[draw % len(names) :] + names[: draw % len(names)]:
+            for policy in orders[draw % len(orders)]:
                 with self.console.status(f"{name}, {draw + 1} of {len(rollouts)}: {policy}"):
                     took, completions = self._rollout(policies[policy], prompts, ids, longest)
                 found = [c.token_ids for c in completions]
