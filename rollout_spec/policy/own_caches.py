@@ -37,11 +37,13 @@ class OwnCaches:
 
     def drafted(self, plan: Plan, state: StepState) -> None:
         """This pass was run."""
-        self._last, self._slots = plan.drafter, _drafting(plan, state)
+        if self._names:
+            self._last, self._slots = plan.drafter, _drafting(plan, state)
 
     def forget(self, slots: np.ndarray) -> None:
         """These sequences are gone; their slots may be used again."""
-        self._slots = np.setdiff1d(self._slots, slots)
+        if self._names:
+            self._slots = np.setdiff1d(self._slots, slots)
 
     def clear(self) -> None:
         """All is to be read again, as after new weights."""

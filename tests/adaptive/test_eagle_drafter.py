@@ -1,6 +1,7 @@
 """The drafter that is served: what it computes, what it may touch, how it enters and how it is set aside."""
 
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -567,6 +568,16 @@ def test_the_automatic_policy_takes_it_in(model, tmp_path, monkeypatch):
 
 
 # --- a reduced vocabulary --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verifier", ["coupled", "rejection"])
+def test_its_price_has_the_draw_in_it(model, verifier, monkeypatch):
+    engine, _ = engine_with(model, speculation={"verifier": verifier})
+    name = f"lead_{verifier}"
+    draw = getattr(verify, name)
+    monkeypatch.setattr(verify, name, lambda *inputs: (time.sleep(0.02), draw(*inputs))[1])
+    cost = engine.backend.adaptive.costs().passes["adaptive"]
+    assert all(cost.seconds(batch, batch, 100 * batch) > 0.018 for batch in (1, 4, 16))
 
 
 def test_logits_are_the_heads_on_its_tokens_and_nothing_elsewhere(model):
