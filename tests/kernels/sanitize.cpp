@@ -23,7 +23,7 @@ void race(const float*, int64_t, int64_t, float*, int64_t, int64_t*, float*, int
 void store_entries(int64_t, const void*, int64_t, const void*, int64_t, const int64_t*, int64_t, int64_t, int64_t, void*,
                    void*);
 int64_t decoder_layer_scratch(const void*, const void*);
-void decoder_layers(const void*, int64_t, const void*, void*, char*, char*, int64_t, char*);
+void decoder_layers(const void*, int64_t, const void*, void*, const void*, char*, char*, int64_t, char*);
 }
 
 static int64_t missing = 0;  // places that an output lacks, to see that it is noticed
@@ -119,11 +119,12 @@ struct Pass {
     const int64_t *cache_rows, *tables, *sequences, *first, *last;
 };
 
-// Two layers, with one block each for one sequence; kind -1 is bf16.
+// Two layers, with one block each for one sequence, and again, the first without a norm; kind -1 is bf16.
 template <typename Float>
 static void layer(int64_t kind, int64_t rows, int64_t hidden, int64_t width) {
     const int64_t heads = 2, kv_heads = 1, dim = 16, block = 16;
-    Float *x = buffer<Float>(rows * hidden), *norm = buffer<Float>(hidden), *turn = buffer<Float>(rows * dim);
+    Float *x = buffer<Float>(rows * hidden), *read = buffer<Float>(rows * hidden);
+    Float *norm = buffer<Float>(hidden), *turn = buffer<Float>(rows * dim);
     Float *keys = buffer<Float>(2 * block * dim), *values = buffer<Float>(2 * block * dim), *norms = buffer<Float>(3 * dim);
     int64_t *places = buffer<int64_t>(4 * rows), table = 0;
     int64_t *sequences = places + rows, *first = places + 2 * rows, *last = places + 3 * rows;
@@ -143,10 +144,13 @@ static void layer(int64_t kind, int64_t rows, int64_t hidden, int64_t width) {
     Pass pass = {sizeof(Float) == 2, rows, hidden, heads, kv_heads, dim, block, block * dim, 1, 2, 1e-6, turn, turn,
                  places, &table, sequences, first, last};
     char* scratch = (char*)malloc(decoder_layer_scratch(&own, &pass));
-    const Layer layers[2] = {own, own};
-    decoder_layers(layers, 2, &pass, x, (char*)keys, (char*)values, block * dim * sizeof(Float), scratch);
+    Layer layers[2] = {own, own};
+    for (const void* reads : {x, read}) {
+        decoder_layers(layers, 2, &pass, x, reads, (char*)keys, (char*)values, block * dim * sizeof(Float), scratch);
+        layers[0].input_norm = nullptr;
+    }
     for (Linear& linear : own.linears) free((void*)linear.packed), free((void*)linear.scales);
-    free(x), free(norm), free(turn), free(keys), free(values), free(norms), free(places), free(scratch);
+    free(x), free(read), free(norm), free(turn), free(keys), free(values), free(norms), free(places), free(scratch);
 }
 
 int main(int count, char**) {
