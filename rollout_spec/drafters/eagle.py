@@ -78,9 +78,8 @@ class EagleModel:
             read = torch.cat((self._norm(embedded, w.input_norm), self._norm(x, w.hidden_norm)), 1)
         eps, heads, rotated = spec.rms_norm_eps, spec.num_heads, spec.num_heads + spec.num_kv_heads
         cos, signed_sin = self._target.rope(positions)
-        paged = getattr(attend, "paged", None)
-        block = None if paged is None else w.for_kernels
-        if block is not None and block.dtype == x.dtype:
+        paged, block = getattr(attend, "paged", None), w.for_kernels if x.is_cpu else None
+        if paged is not None and block is not None and block.dtype == x.dtype:
             LayersInOneCall(block, x, heads, cos, signed_sin, eps, paged, read)(0, 1)
             return x
         qkv = w.qkv(read).view(len(tokens), rotated + spec.num_kv_heads, spec.head_dim)
