@@ -456,14 +456,13 @@ class AutomaticPolicy(SpeculationPolicy):
 
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         rests = plan.reason is Reason.NOT_WORTH and self._rest > 0  # of a rest, the last pass is enough
-        behind = self._own_caches.behind(plan, state)
+        behind = self._own_caches.observe(plan, state)
         if not rests:
             self._learn_pass(state, plan, outcome, behind)
         if self._looked and math.isfinite(outcome.decision_seconds):
             self._decisions.append(outcome.decision_seconds)
             self.deciding = median_low(self._decisions)
         self._learn_gain(state, plan.forecast, outcome, behind)
-        self._own_caches.drafted(plan, state)
         if outcome.finished.any():
             gone = state.slots[outcome.finished]
             cut_off = outcome.emitted >= state.allowed

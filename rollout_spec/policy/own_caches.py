@@ -29,16 +29,15 @@ class OwnCaches:
     def __contains__(self, drafter: str) -> bool:
         return drafter in self._names
 
-    def behind(self, plan: Plan, state: StepState) -> bool:
-        """Whether the drafter of this pass has missed more than what the last pass brought."""
-        if plan.drafter not in self._names:
+    def observe(self, plan: Plan, state: StepState) -> bool:
+        """Whether the drafter of this pass, which was run, had missed more than what the one before had brought."""
+        if not self._names:
             return False
-        return plan.drafter != self._last or not np.isin(_drafting(plan, state), self._slots).all()
-
-    def drafted(self, plan: Plan, state: StepState) -> None:
-        """This pass was run."""
-        if self._names:
-            self._last, self._slots = plan.drafter, _drafting(plan, state)
+        last, slots = self._last, self._slots
+        self._last, self._slots = plan.drafter, state.slots[plan.draft_lengths > plan.from_history]
+        return plan.drafter in self._names and (
+            plan.drafter != last or not bool(np.isin(self._slots, slots).all())
+        )
 
     def forget(self, slots: np.ndarray) -> None:
         """These sequences are gone; their slots may be used again."""
@@ -48,7 +47,3 @@ class OwnCaches:
     def clear(self) -> None:
         """All is to be read again, as after new weights."""
         self._last, self._slots = None, _NOBODY
-
-
-def _drafting(plan: Plan, state: StepState) -> np.ndarray:
-    return state.slots[plan.draft_lengths > plan.from_history]

@@ -24,9 +24,9 @@ def state(*slots):
     )
 
 
-def draft(drafter, *lengths, reason=Reason.FIXED):
+def draft(drafter, *lengths):
     drafts = np.array(lengths, np.int64)
-    return Plan(drafts, np.zeros_like(drafts), drafter, reason)
+    return Plan(drafts, np.zeros_like(drafts), drafter, Reason.FIXED)
 
 
 @pytest.fixture
@@ -35,6 +35,7 @@ def policy():
     made.add_drafter("trained", TRAINED)
     for _ in range(3):
         made.costs.observe_target(1, 1, 100, COSTS.target(1, 1, 100))
+    made.luck, made.read_last = np.random.default_rng(0), None
     return made
 
 
@@ -46,76 +47,69 @@ class TestWhoIsBehind:
         return made
 
     def test_one_that_shares_the_targets_cache_never_is(self, caches):
-        assert "nf4" not in caches and not caches.behind(draft("nf4", 4), state(0))
-        assert not caches.behind(Plan.plain(1, Reason.OFF), state(0))
+        assert "nf4" not in caches and not caches.observe(draft("nf4", 4), state(0))
+        assert not caches.observe(Plan.plain(1, Reason.OFF), state(0))
 
     def test_one_that_did_not_draft_in_the_last_pass_is(self, caches):
-        assert caches.behind(draft("trained", 4), state(0))
-        caches.drafted(draft("trained", 4), state(0))
-        assert not caches.behind(draft("trained", 4), state(0))
-        caches.drafted(draft("nf4", 4), state(0))
-        assert caches.behind(draft("trained", 4), state(0))
-        caches.drafted(draft("trained", 4), state(0))
-        caches.drafted(Plan.plain(1, Reason.PROBE), state(0))
-        assert caches.behind(draft("trained", 4), state(0))
+        drafters = ["trained", "trained", "nf4", "trained", None, "trained", "trained"]
+        plans = [draft(name, 4) if name else Plan.plain(1, Reason.PROBE) for name in drafters]
+        found = [caches.observe(plan, state(0)) for plan in plans]
+        assert found == [True, False, False, True, False, True, False]
 
-    def test_what_counts_is_for_whom_it_drafts(self, caches):
-        caches.drafted(draft("trained", 4, 4, 0), state(7, 8, 9))
-        assert not caches.behind(draft("trained", 4, 4), state(8, 7)), "another order"
-        assert not caches.behind(draft("trained", 0, 4), state(9, 8)), "the other waits"
-        assert caches.behind(draft("trained", 4, 4), state(8, 9)), "it did not draft for 9"
-        assert caches.behind(draft("trained", 4, 4), state(8, 10)), "10 is new"
+    @pytest.mark.parametrize(
+        ("slots", "lengths", "behind"),
+        [
+            ((8, 7), (4, 4), False),  # in another order
+            ((9, 8), (0, 4), False),  # it drafts for 8 alone
+            ((8, 9), (4, 4), True),  # it did not draft for 9
+            ((8, 10), (4, 4), True),  # 10 is new
+        ],
+    )
+    def test_what_counts_is_for_whom_it_drafts(self, caches, slots, lengths, behind):
+        caches.observe(draft("trained", 4, 4, 0), state(7, 8, 9))
+        assert caches.observe(draft("trained", *lengths), state(*slots)) is behind
 
-    def test_a_slot_used_again_is_another_sequence(self, caches):
-        caches.drafted(draft("trained", 4, 4), state(7, 8))
+    @pytest.mark.parametrize(("slot", "behind"), [(7, False), (8, True)])
+    def test_a_slot_used_again_is_another_sequence(self, caches, slot, behind):
+        caches.observe(draft("trained", 4, 4), state(7, 8))
         caches.forget(np.array([8]))
-        assert not caches.behind(draft("trained", 4), state(7))
-        assert caches.behind(draft("trained", 4), state(8))
+        assert caches.observe(draft("trained", 4), state(slot)) is behind
 
     def test_all_is_read_anew_after_an_update(self, caches):
-        caches.drafted(draft("trained", 4), state(0))
+        caches.observe(draft("trained", 4), state(0))
         caches.clear()
-        assert caches.behind(draft("trained", 4), state(0))
+        assert caches.observe(draft("trained", 4), state(0))
 
 
-def carry_out(made, where, reading=8.0, alpha=0.8, trained=1.0):
-    """One pass: a `trained` drafter behind takes so many times as long, one that reads what it missed `reading` times."""
+READING = 8.0  # times as long a drafter takes that first reads what it missed
+
+
+def carry_out(made, where):
     plan = made.plan(where)
-    return plan, finish(made, where, plan, reading, alpha, trained)
-
-
-def finish(made, where, plan, reading, alpha=0.8, trained=1.0):
     batch, context = len(where.slots), int(where.lengths.sum())
     drafting = 0.0
     if plan.drafter == "trained":
-        drafting = trained * plan.draft_lengths.max() * TRAINED.seconds(batch, batch, context)
-        drafting *= reading if made.read_last != "trained" else 1.0
+        drafting = plan.draft_lengths.max() * TRAINED.seconds(batch, batch, context)
+        drafting *= READING if made.read_last != "trained" else 1.0
     elif plan.drafter:
         drafting = plan.draft_lengths.max() * COSTS.draft("nf4", batch, context)
     made.read_last = plan.drafter
-    hits = made.luck.random((batch, 65)) < (0.97 if plan.drafter == "nf4" else alpha)
+    hits = made.luck.random((batch, 65)) < (0.97 if plan.drafter == "nf4" else 0.8)
     accepted = np.minimum(hits.argmin(1), plan.draft_lengths)
     target = COSTS.target(batch, batch + int(plan.draft_lengths.sum()), context)
-    outcome = StepOutcome(accepted, accepted + 1, np.zeros(batch, bool), float(drafting), target)
-    made.observe(where, plan, outcome)
-    return outcome
-
-
-def lucky(made):
-    made.luck, made.read_last = np.random.default_rng(0), None
-    return made
+    done = np.zeros(batch, bool)
+    made.observe(where, plan, StepOutcome(accepted, accepted + 1, done, float(drafting), target))
+    return plan
 
 
 def test_neither_price_nor_worth_is_learnt_from_the_pass_that_reads(policy):
     """What it drafted there is as good as ever."""
     where, price = state(0), policy.costs.draft("trained", 1, 100)
-    plan = policy.plan(where)
-    assert plan.drafter == "trained"
-    finish(lucky(policy), where, plan, reading=8.0)
+    assert carry_out(policy, where).drafter == "trained"
     assert policy.costs.draft("trained", 1, 100) == price
     assert policy.arbiter.correction("trained", 1) == 1.0
     assert policy.acceptance["trained"].tried > 0
-    finish(policy, where, policy.plan(where), reading=8.0)
+    carry_out(policy, where)
     assert policy.costs.draft("trained", 1, 100) == pytest.approx(price, rel=0.01)
     assert policy.arbiter.correction("trained", 1) != 1.0
 
@@ -124,7 +118,7 @@ def test_neither_price_nor_worth_is_learnt_from_the_pass_that_reads(policy):
 def test_what_was_read_is_worth_nothing_for(why, policy, monkeypatch):
     learnt, where = [], state(0)
     monkeypatch.setattr(policy.arbiter, "observe", lambda arm, *rest: learnt.append(arm))
-    carry_out(lucky(policy), where)
+    carry_out(policy, where)
     carry_out(policy, where)
     assert learnt == ["trained"], "the second pass is learnt from"
     if why == "new weights":
@@ -149,7 +143,7 @@ def test_a_trial_of_one_lasts_two_passes_both_charged(policy, monkeypatch):
     charged, learnt, where = [], [], state(0)
     monkeypatch.setattr(policy.arbiter, "charge", charged.append)
     monkeypatch.setattr(policy.arbiter, "observe", lambda arm, *rest: learnt.append(arm))
-    plans = [carry_out(lucky(policy) if not n else policy, where)[0] for n in range(4)]
+    plans = [carry_out(policy, where) for _ in range(4)]
     assert [plan.drafter for plan in plans] == ["trained", "trained", "nf4", "nf4"]
     assert [plan.reason for plan in plans] == [Reason.EXPLORE] * 2 + [Reason.STILL_PAYS] * 2
     assert len(charged) == 2
@@ -158,7 +152,7 @@ def test_a_trial_of_one_lasts_two_passes_both_charged(policy, monkeypatch):
 
 def test_a_trial_of_any_other_is_one_pass(policy, monkeypatch):
     trial(policy, monkeypatch, "nf4")
-    plans = [carry_out(lucky(policy) if not n else policy, state(0))[0] for n in range(3)]
+    plans = [carry_out(policy, state(0)) for _ in range(3)]
     assert [plan.drafter for plan in plans] == ["nf4", "trained", "trained"]
 
 
@@ -170,14 +164,3 @@ def test_a_trial_that_a_plain_pass_takes_the_place_of_ends_there(policy, monkeyp
     assert policy.plan(state(0)).reason is Reason.PROBE
     policy.probe_share = 0.0
     assert policy.plan(state(0)).drafter is None
-
-
-def test_the_better_one_comes_to_draft_however_long_it_reads():
-    """Once it looked bad. What it is worth now is found out by trials, each of which begins with that reading."""
-    made, where = lucky(AutomaticPolicy(COSTS, probe_share=0.0, explore_share=0.01)), state(0)
-    made.add_drafter("trained", TRAINED)
-    for _ in range(100):
-        made.arbiter.observe("trained", 1, 1.0, 0.5)
-    drafters = [carry_out(made, where)[0].drafter for _ in range(6000)]
-    assert drafters[:50].count("nf4") > 40
-    assert drafters[-1000:].count("trained") > 900
