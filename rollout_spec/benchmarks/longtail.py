@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from rollout_spec.policy.baselines import EfficientRollout, Fixed, Off, TLTBandi
 from rollout_spec.policy.cost_model import CostModel, fit
 from rollout_spec.policy.records import PassTiming, SpeculationPolicy
 from rollout_spec.policy.simulator import makespan, simulate
-from rollout_spec.policy.workloads import Workload, from_lengths
+from rollout_spec.policy.workloads import Workload, acceptance_of, from_lengths
 from rollout_spec.torch_backend.calibrate import Grid, measure
 
 _LONGEST, _PROMPT = 512, 11  # tokens; prompts are 5 to 49 long, this on average
 _DEGRADED, _DEGRADED_DRAWS = (0.96, 0.90), 8
+_WARMUP = 2  # draws before the first counted one
 RULES = ("best fixed", "EfficientRollout rule, tuned", "TLT bandit, tuned")
 SELF, ALL = "automatic, self-drafter", "automatic, all drafters"
 _GRID_K, _GRID_BATCH = (1, 2, 3, 4, 5, 6, 8, 10, 12), (1, 2, 4, 8, 16, 32)
@@ -68,7 +70,8 @@ class LongTail:
     """Rollouts of `batch` prompts, one sample of each, drawn anew `draws` times; all ways of deciding roll the same draws out.
 
     Each does so in an engine of its own, they take turns within a rollout and change engines from draw to draw. The
-    policies with a memory keep it, as in use; before the first counted draw all have had two of their own.
+    policies with a memory keep it, as in use: to them every draw is an RL step. Before the first counted draw all have
+    had two of their own.
 
     Attributes:
         results: By name: speedup over plain decoding with its interval, and counts.
@@ -108,7 +111,7 @@ class LongTail:
             "costs": self.costs.to_dict(),
             "held_out_error": {kind: vars(error) for kind, error in calibration.held_out.items()},
         }
-        self._prompts = stratified(batch, draws + 2, seed)
+        self._prompts = stratified(batch, draws + _WARMUP, seed)
         self._tuning = stratified(batch, 8, seed + 1)
         self._texts: list[Completion] = []
         self._alpha = 0.0
@@ -145,7 +148,7 @@ class LongTail:
             self._epoch(
                 f"acceptance {acceptance}",
                 {"plain": Off(), SELF: self._automatic()},
-                self._prompts[: (_DEGRADED_DRAWS + 2) * self.batch],
+                self._prompts[: (_DEGRADED_DRAWS + _WARMUP) * self.batch],
             )
         for engine in self.engines[:2]:
             perturb(engine, 0.0)
@@ -179,19 +182,20 @@ class LongTail:
                 done = dict(zip(names, in_turns(works), strict=True))
             for name, (seconds, completions) in done.items():
                 policies[name].after_update()  # a draw is an RL step
+                if (memory := (history or {}).get(name)) is not None:
+                    memory.after_update()
                 tokens = [completion.token_ids for completion in completions]
                 expected = self._plain.setdefault(
                     ids[0], [completion.token_ids for completion in done["plain"][1]]
                 )
                 if epoch == "epoch 1" and name == "plain":
                     self._answers += completions
-                if draw >= 2:
+                if draw >= _WARMUP:
                     run = runs[name]
                     run.seconds.append(seconds)
                     run.spec = sum((completion.spec for completion in completions), run.spec)
                     run.differing += sum(a != b for a, b in zip(tokens, expected, strict=True))
-            if draw >= 2:
-                lengths.append([len(tokens) for tokens in self._plain[ids[0]]])
+            lengths.append([len(tokens) for tokens in self._plain[ids[0]]])
             after_draw()
         self._report(epoch, runs)
         return runs, lengths
@@ -245,13 +249,19 @@ class LongTail:
     def _predict(self, runs: dict[str, Rollouts], lengths: list[list[int]]) -> None:
         """What the simulator makes of the same draws, given their lengths, the acceptance and what passes cost.
 
-        Machines drift within the minutes that an epoch takes: passes of a draw cost what was measured before and after it.
-        The policy still believes what was measured before the epoch.
+        Machines drift within the minutes that an epoch takes: passes of a draw cost what was measured before and after it,
+        those of the first what was measured after it. The policy believes what was measured before the epoch, and has its
+        draws before the first counted one here, too.
+
+        Args:
+            runs: Of the counted draws.
+            lengths: Output tokens, of all draws.
         """
-        around = [fit(before + after) for before, after in zip(self._timings[1:], self._timings[2:])]
+        timings = [self._timings[0], *self._timings]
+        around = [fit(before + after) for before, after in pairwise(timings)]
         plain = [
             costs.target(self.batch, self.batch, 0) / self.costs.target(self.batch, self.batch, 0)
-            for costs in around
+            for costs in around[_WARMUP:]
         ]
         self.notes["a plain pass in epoch 1 over one before"] = {
             "least": round(float(min(plain)), 4), "most": round(float(max(plain)), 4)
@@ -261,10 +271,8 @@ class LongTail:
             SELF: self._automatic(),
         }
         for name, policy in policies.items():
-            predicted = [
-                makespan(simulate(self._workload(draw, costs), policy, costs))
-                for draw, costs in zip(lengths, around, strict=True)
-            ]
+            workloads = [self._workload(draw, costs) for draw, costs in zip(lengths, around, strict=True)]
+            predicted = _simulated(workloads, policy, around)[_WARMUP:]
             ratios = np.array(predicted) / np.array(runs[name].seconds)
             self.notes[f"simulated over measured makespan, {name}"] = {
                 "median": round(float(np.median(ratios)), 4),
@@ -282,6 +290,7 @@ class LongTail:
             history.begin(0, np.array(completion.prompt_token_ids))
             history.extend(np.zeros(1, np.int64), tokens, np.array([tokens.size]))
             history.finish(0)
+        history.after_update()
         policies = {"plain": Off(), ALL: self._automatic(), **rules}
         runs, _ = self._epoch("epoch 2", policies, self._prompts, {ALL: history})
         self._compare("epoch 2", runs, ALL)
@@ -296,8 +305,7 @@ class LongTail:
             ids = [f"tuning-{draw}-{row}" for row in range(self.batch)]
             self._texts += in_turns([self._work(self.engines[0], policy, texts, ids)])[0][1]
         spec = sum((completion.spec for completion in self._texts), SpecCounts())
-        tried = spec.accepted + spec.verify_steps * (1 - spec.accepted / spec.drafted)
-        self._alpha = min(spec.accepted / tried, 0.999)
+        self._alpha = min(float(acceptance_of(spec.acceptance, policy.draft_length)), 0.999)
         self.notes["acceptance, self-drafter"] = round(self._alpha, 4)
         lengths = [len(completion.token_ids) for completion in self._texts]
         return [
@@ -318,28 +326,38 @@ class LongTail:
         """The best of each family of rules, by simulated makespan over the tuning rollouts."""
 
         def best(options: Mapping[str, Callable[[], SpeculationPolicy]]) -> Callable[[], SpeculationPolicy]:
-            def total(make: Callable[[], SpeculationPolicy]) -> float:
-                policy = make()
-                return sum(makespan(simulate(w, policy, self.costs)) for w in workloads)
-
-            seconds = {name: total(make) for name, make in options.items()}
+            costs = [self.costs] * len(workloads)
+            seconds = {name: sum(_simulated(workloads, make(), costs)) for name, make in options.items()}
             name = min(seconds, key=seconds.__getitem__)
-            plain = sum(makespan(simulate(w, Off(), self.costs)) for w in workloads)
+            plain = sum(_simulated(workloads, Off(), costs))
             self.notes.setdefault("tuned", {})[name] = {"simulated speedup": round(plain / seconds[name], 3)}
             return options[name]
 
         batches = [b for b in _GRID_BATCH if b <= self.batch]
         fixed = {f"fixed K={k} while B <= {b}": partial(Fixed, k, b) for k in _GRID_K for b in batches}
         efficient = {
-            f"EfficientRollout, ladder from {k}, armed above {armed}": partial(
-                EfficientRollout, self.costs, ladder=(k, k + 2, k + 4), armed_above=armed
+            f"EfficientRollout, ladder from {k}, on at a gain of {gain}": partial(
+                EfficientRollout, self.costs, ladder=(k, k + 2, k + 4), armed_above=0, least_gain=gain
             )
             for k in (1, 2, 3, 5)
-            for armed in (0, 1, self.batch - 1)
+            for gain in (1.0, 1.05, 1.2)
         }
         bandit = {
-            f"TLT bandit, up to B={b}, {arms}": partial(TLTBandit, {b: arms}, largest_batch=b, epsilon=0.05)
+            f"TLT bandit, up to B={b}, {arms}": partial(
+                TLTBandit, {b: arms}, seed=self.seed, largest_batch=b, epsilon=0.05
+            )
             for arms in ((2, 4, 6), (3, 5, 8), (4, 6, 10))
             for b in batches
         }
         return best(fixed), best(efficient), best(bandit)
+
+
+def _simulated(
+    workloads: Sequence[Workload], policy: SpeculationPolicy, costs: Sequence[CostModel]
+) -> list[float]:
+    """Makespans of rollouts one after the other, each an RL step with luck of its own."""
+    seconds = []
+    for draw, (workload, true) in enumerate(zip(workloads, costs, strict=True)):
+        seconds.append(makespan(simulate(workload, policy, true, seed=draw)))
+        policy.after_update()
+    return seconds

@@ -51,9 +51,6 @@ def paired(
     baseline: Callable[[], object],
     candidate: Callable[[], object],
     pairs: int,
-    *,
-    warmup: bool = True,
-    tick: Callable[[], None] = lambda: None,
 ) -> Paired:
     """Time `pairs` pairs, in the order A B, B A, A B, ..., after one uncounted run of each.
 
@@ -61,20 +58,15 @@ def paired(
         baseline: Run once per pair.
         candidate: Run once per pair, on the same work.
         pairs: Number of pairs.
-        warmup: Whether to run both once before.
-        tick: Called after every run, for progress.
     """
     sides = (baseline, candidate)
-    if warmup:
-        for side in sides:
-            side()
-            tick()
+    for side in sides:
+        side()
     seconds: tuple[list[float], list[float]] = ([], [])
     for pair in range(pairs):
         for turn in (0, 1) if pair % 2 == 0 else (1, 0):
             start = time.perf_counter()
             sides[turn]()
             seconds[turn].append(time.perf_counter() - start)
-            tick()
     ratios = tuple(a / b for a, b in zip(*seconds, strict=True))
     return Paired(ratios, statistics.median(seconds[0]), statistics.median(seconds[1]))

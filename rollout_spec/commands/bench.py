@@ -196,6 +196,7 @@ def never_slower(size: str, pairs: int, batches: tuple[int, ...], seed: int, jso
         "costs": sweep.calibration.cost_model.to_dict(),
         "toggling": toggling,
         "decision_microseconds": decisions,
+        "look_microseconds": decision_microseconds(changing=True),
     }
     finish(Report("bench never-slower", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
 

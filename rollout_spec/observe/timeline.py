@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rollout_spec.observe.trace import TraceError
-from rollout_spec.policy.accounting import PLAIN, Summary, seconds_text, switches
-from rollout_spec.policy.records import HISTORY, Reason, Trace, TraceStep
+from rollout_spec.policy.accounting import Summary, seconds_text, switches
+from rollout_spec.policy.records import HISTORY, PLAIN, Reason, Trace, TraceStep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

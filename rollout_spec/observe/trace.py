@@ -26,9 +26,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rollout_spec.contracts import RolloutSpecError
-from rollout_spec.policy.accounting import PLAIN
 from rollout_spec.policy.records import (
-    HISTORY,
+    PLAIN,
     Plan,
     StepOutcome,
     StepState,
@@ -47,17 +46,6 @@ _Row = TypeVar("_Row", TraceStep, TraceRequest)
 
 class TraceError(RolloutSpecError, ValueError):
     """A trace that cannot be read or written; the message names the file, the field and what to do."""
-
-
-def mode_of(plan: Plan) -> str:
-    """`plain`, `history`, the drafter's name, or `history+<name>`."""
-    if not plan.speculates:
-        return PLAIN
-    if plan.drafter is None:
-        return HISTORY
-    if not plan.from_history.any():
-        return plan.drafter
-    return f"{HISTORY}+{plan.drafter}" if (plan.draft_lengths > plan.from_history).any() else HISTORY
 
 
 class TraceRecorder:
@@ -102,7 +90,7 @@ class TraceRecorder:
             return
         seconds = outcome.seconds
         self._last = max(self.now - seconds, self._last)
-        names, add, mode = self._names, np.add.reduce, mode_of(plan)
+        names, add, mode = self._names, np.add.reduce, plan.mode
         drafts = mode != PLAIN
         row = (
             self._count,

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rollout_spec.policy.records import HISTORY, Reason, Trace, TraceStep
+from rollout_spec.policy.records import HISTORY, PLAIN, Reason, Trace, TraceStep
 
-PLAIN = "plain"
 LEAST_PROBES = 2  # in a stratum, for a mean with a variance
 PROBES_PER_TERM = 5  # for fitting how a pass's time goes with batch and context
 ONE_OFF = (

@@ -63,8 +63,8 @@ class Arbiter:
         self._budget = 0.0
 
     def add(self, arm: str) -> None:
-        """One more arm, of which nothing was seen."""
-        self.arms = (*self.arms, arm)
+        """One more arm, or another in its place, of which nothing was seen."""
+        self.arms = tuple(dict.fromkeys((*self.arms, arm)))
         self._pooled[arm], self._bucket[arm] = _Record(), [_Record() for _ in range(self._buckets)]
 
     def correction(self, arm: str, batch: int) -> float:

@@ -35,6 +35,7 @@ from rollout_spec.policy.online_costs import OnlineCosts
 from rollout_spec.policy.own_caches import OwnCaches
 from rollout_spec.policy.records import (
     HISTORY,
+    PLAIN,
     Matches,
     Plan,
     Reason,
@@ -45,7 +46,6 @@ from rollout_spec.policy.records import (
 
 logger = logging.getLogger("rollout_spec")
 
-_PLAIN = "plain"
 HOLD = 3  # passes between looks at the other arms: a drafter drafts as far as it did, history plans its lengths anew
 _REST, _LONGEST_REST = 3, 63  # plain passes between looks while nothing changes
 _LOOKING = 0.0015  # share of the time that looks may take: rests are as long as it takes
@@ -141,11 +141,11 @@ class AutomaticPolicy(SpeculationPolicy):
         self.lengths = RemainingLength()
         names = [name for name in cost_model.passes if name != TARGET]
         behind = [f"{HISTORY}+{name}" for name in names if behind_history]
-        self.arbiter = Arbiter([_PLAIN, HISTORY, *names, *behind], explore_share=explore_share)
+        self.arbiter = Arbiter([PLAIN, HISTORY, *names, *behind], explore_share=explore_share)
         self.acceptance = {name: AcceptanceTracker(longest) for name in names}
         self.leads = {name: Leads() for name in names}
         self._rng = np.random.default_rng(seed)
-        self._mode = _PLAIN
+        self._mode = PLAIN
         self._weights = np.zeros(0)
         self._makespan = 0.0  # share of a plain pass's worth that lies in the end of the last sequence
         self._alone = (0, 1.0)  # the pass it was estimated in, and the gain once a single sequence is left
@@ -198,6 +198,7 @@ class AutomaticPolicy(SpeculationPolicy):
         if not self._looked:
             self._rest -= 1
             return Plan.plain(batch, Reason.NOT_WORTH, self._plain_seconds)
+        self._rest = 0
         lengths = None if state.matches is None else state.matches.lengths
         room, found, fits, context, matched, same = survey(
             state.slots, self._slots, state.allowed, state.lengths, lengths, self.longest
@@ -214,11 +215,11 @@ class AutomaticPolicy(SpeculationPolicy):
         self._held, self._offers, self._slots = 0, offers, state.slots
         drafters = [name for name in state.drafters if name in self.acceptance]
         if not drafters and not matched:
-            self._mode, self._weights = _PLAIN, np.zeros(0)
+            self._mode, self._weights = PLAIN, np.zeros(0)
             return Plan.plain(batch, Reason.NO_DRAFTER)
         plain_seconds = self.costs.target(batch, batch, context)
         if not 0 < plain_seconds < math.inf:
-            self._mode = _PLAIN
+            self._mode = PLAIN
             return Plan.plain(batch, Reason.BAD_COST)
 
         self._plain_seconds = plain_seconds
@@ -282,9 +283,9 @@ class AutomaticPolicy(SpeculationPolicy):
         candidates = {arm: round.candidate(arm) for arm in self._due(arms)}
         for name, candidate in candidates.items():
             self._learn_of(name, candidate, round.state)
-        gains = {arm: self._known[arm].gain for arm in arms if self._known[arm].gain > 0} | {_PLAIN: 1.0}
+        gains = {arm: self._known[arm].gain for arm in arms if self._known[arm].gain > 0} | {PLAIN: 1.0}
         if len(gains) == 1:
-            self._mode = _PLAIN
+            self._mode = PLAIN
             return Plan.plain(batch, Reason.BAD_COST, plain_seconds)
         best = self._with_hysteresis(gains)
         reason = Reason.STILL_PAYS if best == self._mode else Reason.PAYS
@@ -295,9 +296,9 @@ class AutomaticPolicy(SpeculationPolicy):
             arm = best
         else:
             reason = Reason.EXPLORE
-        if best != _PLAIN:
+        if best != PLAIN:
             self._pause = 0
-        if arm == _PLAIN:
+        if arm == PLAIN:
             longest = min(max(_REST, self.deciding / (_LOOKING * plain_seconds)), _LONGEST_REST)
             self._rest = self._pause = min(2 * self._pause + 1, int(longest))
             return Plan.plain(batch, Reason.NOT_WORTH, plain_seconds)
@@ -379,7 +380,7 @@ class AutomaticPolicy(SpeculationPolicy):
         others: list[str] = []
         for arm in arms:
             known = self._known.setdefault(arm, _Known(self._passes - 1))
-            near = self._mode == _PLAIN and known.gain > _NEAR
+            near = self._mode == PLAIN and known.gain > _NEAR
             (due if near or not known.valid or arm == self._mode else others).append(arm)
         if others:
             due.append(min(others, key=lambda arm: self._known[arm].looked))
@@ -400,10 +401,10 @@ class AutomaticPolicy(SpeculationPolicy):
 
     def _with_hysteresis(self, gains: dict[str, float]) -> str:
         """A switch must promise the margin, except the one to plain decoding, taken as soon as drafting would lose."""
-        running = self._mode if self._mode in gains else _PLAIN
+        running = self._mode if self._mode in gains else PLAIN
         best = max(gains, key=gains.__getitem__)
-        if best != _PLAIN and gains[best] <= gains[running] * (1 + self.margin):
-            return running if gains[running] >= 1 else _PLAIN
+        if best != PLAIN and gains[best] <= max(gains[running], 1.0) * (1 + self.margin):
+            return running if gains[running] >= 1 else PLAIN
         return best
 
     def _value_of_tokens(self, state: StepState, context: int, plain_seconds: float) -> np.ndarray:
@@ -436,7 +437,7 @@ class AutomaticPolicy(SpeculationPolicy):
             return 1.0
         tau = float(candidate.tokens.mean())
         passes = max(often * float(state.allowed.max()) / tau, 1.0)
-        drift = math.sqrt(max(candidate.square - tau * tau, 0.0) * passes)
+        drift = math.sqrt(candidate.variance * passes)
         lost = self.lengths.delay(state.outputs, state.allowed, drift) / passes
         return 1.0 - self._makespan * min(lost, tau - 1.0) / tau
 
@@ -513,12 +514,16 @@ class AutomaticPolicy(SpeculationPolicy):
             self.leads[drafter].observe(outcome.leads, tried, accepted)
 
     def add_drafter(self, name: str, cost: PassCost) -> None:
-        """It drafts by itself only, not behind history, and has a cache of its own."""
+        """It drafts by itself only, not behind history, and has a cache of its own; see `SpeculationPolicy.add_drafter`."""
         self._own_caches.add(name)
+        self._rest = self._held = 0
+        if self.costs.model.passes.get(name) == cost:
+            return
         self.costs.add(name, cost)
         self.arbiter.add(name)
         self.acceptance[name], self.leads[name] = AcceptanceTracker(self.longest), Leads()
-        self._rest = 0
+        self._known.pop(name, None)
+        self._compile()
 
     def observe_shadow(self, drafter: str, slots: np.ndarray, accepted: np.ndarray) -> None:
         if drafter in self.acceptance:
@@ -529,16 +534,23 @@ class AutomaticPolicy(SpeculationPolicy):
             tracker.discount(_KEPT_BY_UPDATE)
         self.arbiter.discount(_KEPT_BY_UPDATE)
         self._own_caches.clear()
+        self._rest = self._held = 0
 
     def _fade(self) -> None:
         """What is not used is known less and less, so that it is tried again: no verdict is for ever."""
-        self.costs.fade(_FADE, _FADE_EVERY)
+        self.costs.fade(_FADE)
         self.arbiter.fade(self._mode, _FADE)
         for name, tracker in self.acceptance.items():
             if name not in self._mode.split("+"):
                 tracker.discount(_FADE)
 
     def forget(self, slots: np.ndarray) -> None:
+        left = ~np.isin(self._slots, slots)
+        if not left.all():
+            self._held = 0  # others may take their places
+        self._slots = self._slots[left]
+        if not self._slots.size:
+            self._rest = 0
         self._own_caches.forget(slots)
         for tracker in self.acceptance.values():
             tracker.forget(slots)

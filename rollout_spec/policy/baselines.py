@@ -247,7 +247,7 @@ class EfficientRollout(SpeculationPolicy):
         pass
 
     def _gain(self, batch: int, kv_tokens: int, drafter: str) -> float:
-        """Field notes, top: their gain over plain decoding."""
+        """Gain over plain decoding as they predict it, tau * T_T / (K * T_D + T_V)."""
         K = self.draft_length
         plain = self._costs.target(batch, batch, kv_tokens)
         draft = K * self._costs.draft(drafter, batch, kv_tokens)

@@ -49,10 +49,11 @@ class Candidate(NamedTuple):
         return 1.0 + self.certain + self.alive[:, : self.depth].sum(1)
 
     @property
-    def square(self) -> float:
-        """Mean square of the tokens of a sequence, those of history ahead left out."""
-        ahead = 2 * np.arange(1, self.depth + 1) + 1
-        return 1.0 + float((self.alive[:, : self.depth] @ ahead).mean())
+    def variance(self) -> float:
+        """Of the tokens of a sequence, over sequences and passes; those of history ahead of a drafter's left out."""
+        alive = self.alive[:, : self.depth]
+        mean, square = alive.sum(1).mean(), (alive @ (2 * np.arange(self.depth) + 1)).mean()
+        return max(float(square - mean * mean), 0.0)
 
 
 class Round:

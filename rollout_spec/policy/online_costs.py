@@ -9,11 +9,11 @@ import numpy as np
 
 from rollout_spec.policy.compiled import Prices, catching_up, corrections, seconds, uncorrected
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost
+from rollout_spec.policy.records import PLAIN
 
 _STEP = 0.08  # weight of one pass in the correction
 _MISSED = 4  # what was not seen for this many passes is known less well: the next pass counts for as many
 _RECENT = 3  # the median of so many passes counts: machines hiccup
-_PLAIN = "plain"
 
 
 class _Correction:
@@ -48,16 +48,21 @@ class _Correction:
             step = max(1 / self.seen[bucket], 1 - (1 - _STEP) ** min(now - last, _MISSED))
             self._logs[bucket] += step * (usual - self._logs[bucket])
         self.last[bucket] = now
+        self._spread()
+
+    def fade(self, mean: float, share: float, until: int) -> None:
+        """Of what was last seen in that pass or before it, keep `share` of the distance to `mean`."""
+        for bucket, last in enumerate(self.last):
+            if last is not None and last <= until:
+                self._logs[bucket] = mean + share * (self._logs[bucket] - mean)
+        if self.mean is not None:
+            self._spread()
+
+    def _spread(self) -> None:
+        """Where nothing was seen, the mean of what was is expected."""
         known = [log for log, when in zip(self._logs, self.last, strict=True) if when is not None]
         self.mean = sum(known) / len(known)
         self.expect(self.mean)
-
-    def fade(self, mean: float, share: float, before: int) -> None:
-        """Of what was last seen before that pass, keep `share` of the distance to `mean`."""
-        for bucket, last in enumerate(self.last):
-            if last is not None and last < before:
-                self._logs[bucket] = mean + share * (self._logs[bucket] - mean)
-                self._factors[bucket] = math.exp(self._logs[bucket])
 
     def expect(self, mean: float) -> None:
         """Let `mean` stand for what was not seen."""
@@ -83,11 +88,12 @@ class OnlineCosts:
         self._target = model.passes[TARGET]
         self._plain = _Correction(self._target)
         self._corrections = {kind: _Correction(cost) for kind, cost in model.passes.items()} | {
-            _PLAIN: self._plain
+            PLAIN: self._plain
         }
         self.plain_prices = self._plain.prices
         self.prices: dict[str, Prices] = {kind: self._corrections[kind].prices for kind in model.passes}
         self._passes = 0
+        self._faded = 0  # in which of these it was last called to fade
 
     def add(self, drafter: str, cost: PassCost) -> None:
         """Costs of one more drafter."""
@@ -97,8 +103,8 @@ class OnlineCosts:
         if self._plain.mean is not None:
             correction.expect(self._plain.mean)
 
-    def fade(self, share: float, passes: int) -> None:
-        """Believe less of what drafting and verifying cost when they were last seen, more than `passes` ago.
+    def fade(self, share: float) -> None:
+        """Believe less of what drafting and verifying cost when they were last seen, if not since the last call.
 
         The first passes of a kind meet cold caches and new memory. What looked dear then is not run again, so no later
         pass would correct it.
@@ -106,8 +112,9 @@ class OnlineCosts:
         if self._plain.mean is None:
             return
         for kind, correction in self._corrections.items():
-            if kind != _PLAIN:
-                correction.fade(self._plain.mean, share, self._passes - passes)
+            if kind != PLAIN:
+                correction.fade(self._plain.mean, share, self._faded)
+        self._faded = self._passes
 
     def target(self, batch: int, rows: int, kv_tokens: int) -> float:
         """Seconds of a target pass with everything around it, see `CostModel.target`."""
@@ -125,7 +132,7 @@ class OnlineCosts:
     def observe_target(self, batch: int, rows: int, kv_tokens: int, seconds: float) -> None:
         """A target pass was run, plain (`rows == batch`) or to verify."""
         self._passes += 1
-        kind = _PLAIN if rows == batch else TARGET
+        kind = PLAIN if rows == batch else TARGET
         self._observe(kind, rows, self._target.seconds(batch, rows, kv_tokens), seconds)
 
     def observe_drafting(
@@ -133,11 +140,12 @@ class OnlineCosts:
     ) -> None:
         """A drafter drafted `own [B]` tokens behind `before [B]` of history, in `seconds` altogether."""
         batch, cost = len(own), self.model.passes[drafter]
+        drafting = int((own > 0).sum())
         expected = catching_up(self.prices[drafter], batch, int(before[own > 0].sum()))
         for depth in range(int(own.max())):
             active = int((own > depth).sum())
             expected += cost.seconds(active, active, kv_tokens * active // batch)
-        self._observe(drafter, batch, expected, seconds)
+        self._observe(drafter, drafting, expected, seconds)
 
     def _observe(self, kind: str, rows: int, expected: float, seconds: float) -> None:
         if not (expected > 0 and seconds > 0 and math.isfinite(seconds / expected)):

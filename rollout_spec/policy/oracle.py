@@ -18,7 +18,7 @@ import numpy as np
 
 from rollout_spec.policy.cost_model import CostModel
 from rollout_spec.policy.records import Plan, Reason, SpeculationPolicy, StepOutcome, StepState
-from rollout_spec.policy.simulator import pass_seconds
+from rollout_spec.policy.simulator import plan_seconds
 from rollout_spec.policy.workloads import Workload
 
 
@@ -61,7 +61,7 @@ class Oracle(SpeculationPolicy):
                 continue
             tau_BK = np.cumsum(np.pad(reach_BK, ((0, 0), (1, 0)), constant_values=1.0), axis=1)
             history_CB = np.minimum(from_history, K_CB)
-            draft, target = pass_seconds(self.costs, state.lengths, drafter, K_CB, history_CB)
+            draft, target = plan_seconds(self.costs, state.lengths, drafter, K_CB, history_CB)
             rates = rate(tau_BK[np.arange(batch), K_CB], draft + target)
             first = int(np.argmax(rates))
             if rates[first] > best_rate:

@@ -23,8 +23,9 @@ class OwnCaches:
         self._slots = _NOBODY
 
     def add(self, drafter: str) -> None:
-        """This drafter has a cache of its own."""
+        """This drafter, new or another in its place, has a cache of its own, in which there is nothing yet."""
         self._names.add(drafter)
+        self.clear()
 
     def __contains__(self, drafter: str) -> bool:
         return drafter in self._names

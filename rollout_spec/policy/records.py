@@ -15,6 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from rollout_spec.policy.cost_model import PassCost
 
+PLAIN = "plain"  # decoding without drafts
 HISTORY = "history"  # the drafter without weights: text seen before (n-gram and suffix matches)
 
 
@@ -147,6 +148,17 @@ class Plan:
         """Whether anything is drafted."""
         return bool(self.draft_lengths.any())
 
+    @property
+    def mode(self) -> str:
+        """`plain`, `history`, the drafter's name, or `history+<name>`."""
+        if not self.speculates:
+            return PLAIN
+        if self.drafter is None:
+            return HISTORY
+        if not self.from_history.any():
+            return self.drafter
+        return f"{HISTORY}+{self.drafter}" if (self.draft_lengths > self.from_history).any() else HISTORY
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -209,7 +221,8 @@ class SpeculationPolicy(Protocol):
     def add_drafter(self, name: str, cost: PassCost) -> None:
         """Another drafter with weights may come up in `StepState.drafters`; `cost` is that of its step.
 
-        It has a cache of its own, and first reads what it missed in passes in which it did not draft.
+        It has a cache of its own, and first reads what it missed in passes in which it did not draft. One that takes the
+        place of another is added, too; if it costs the same, what is known of the other is where it begins.
         """
         return
 

@@ -54,7 +54,7 @@ def makespan(trace: Trace) -> float:
     return last.time + last.draft_seconds + last.target_seconds
 
 
-def pass_seconds(
+def plan_seconds(
     costs: CostModel,
     lengths: np.ndarray,
     drafter: str | None,
@@ -174,7 +174,7 @@ class _Simulation:
         accepted = np.minimum(self.accept(state, plan), left)
         emitted = np.minimum(accepted + 1, left)
         made = plan.draft_lengths if drafted is None else plan.from_history + drafted
-        draft, _ = pass_seconds(self.costs, state.lengths, plan.drafter, made, plan.from_history)
+        draft, _ = plan_seconds(self.costs, state.lengths, plan.drafter, made, plan.from_history)
         batch, context = len(state.lengths), int(state.lengths.sum())
         target = self.costs.target(batch, batch + int(plan.draft_lengths.sum()), context)
         factor = float(np.exp(self.noise * self.rng.standard_normal())) if self.noise else 1.0
@@ -234,15 +234,12 @@ class _Simulation:
 
 
 def _row(step: int, clock: float, state: StepState, plan: Plan, outcome: StepOutcome) -> TraceStep:
-    drafters = [HISTORY] if plan.from_history.any() else []
-    if plan.drafter is not None and (plan.draft_lengths > plan.from_history).any():
-        drafters.append(plan.drafter)
     return TraceStep(
         step=step,
         time=clock,
         batch=len(state.slots),
         kv_tokens=int(state.lengths.sum()),
-        mode="+".join(drafters) or "plain",
+        mode=plan.mode,
         drafted=int(plan.draft_lengths.sum()),
         accepted=int(outcome.accepted.sum()),
         emitted=int(outcome.emitted.sum()),

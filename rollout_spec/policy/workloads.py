@@ -13,7 +13,7 @@ import numpy as np
 
 from rollout_spec.policy.cost_model import CostModel
 from rollout_spec.policy.devices import NF4
-from rollout_spec.policy.records import HISTORY, Trace
+from rollout_spec.policy.records import HISTORY, PLAIN, Trace
 
 MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # SplitMix64
 QWEN_PROMPT = 150
@@ -167,6 +167,12 @@ def from_lengths(
     )
 
 
+def acceptance_of(shares: np.ndarray | float, K: int) -> np.ndarray:
+    """Acceptance alpha of a token where `shares` of the tokens of drafts of K are accepted: alpha + ... + alpha^K is that."""
+    grid = np.linspace(0.0, 1.0, 1001)
+    return np.interp(shares, (grid[:, None] ** np.arange(1, K + 1)).mean(axis=1), grid)
+
+
 def from_trace(trace: Trace, alpha: float | None = None) -> Workload:
     """The samples of a recorded rollout: lengths, the order they started in, and the acceptance each of them met.
 
@@ -184,11 +190,9 @@ def from_trace(trace: Trace, alpha: float | None = None) -> Workload:
     shares = (accepted + 4 * mean) / (drafted + 4)
     speculated = [step for step in trace.steps if step.drafted]
     K = round(sum(step.drafted for step in speculated) / max(1, sum(step.batch for step in speculated)))
-    grid = np.linspace(0.0, 1.0, 1001)  # of alpha; a draft of K has alpha + ... + alpha^K accepted
-    met = np.interp(shares, (grid[:, None] ** np.arange(1, max(1, K) + 1)).mean(axis=1), grid)
-    rates = met if alpha is None else np.full(len(requests), alpha)
+    rates = acceptance_of(shares, max(1, K)) if alpha is None else np.full(len(requests), alpha)
     modes = dict.fromkeys(part for step in trace.steps for part in step.mode.split("+"))
-    names = [mode for mode in modes if mode not in ("plain", HISTORY)] or [NF4]
+    names = [mode for mode in modes if mode not in (PLAIN, HISTORY)] or [NF4]
     outputs = np.array([request.output_tokens for request in requests], np.int64)
     return Workload(
         str(trace.about.get("name", "trace")),

@@ -22,7 +22,7 @@ from rollout_spec.drafters.eagle import EagleDrafter
 from rollout_spec.drafters.eagle_spec import EagleSpec
 from rollout_spec.drafters.guard import DrafterGuard, DrafterReport
 from rollout_spec.models.decoder import Decoder
-from rollout_spec.policy.cost_model import CostModel, fit
+from rollout_spec.policy.cost_model import CostModel, PassCost, fit
 from rollout_spec.policy.records import PassTiming
 from rollout_spec.sampling import verify
 from rollout_spec.sampling.noise import row_keys
@@ -70,7 +70,7 @@ class Adaptive:
         self.guard = DrafterGuard(config, until="or with others until the next is published (drafter version")
         self.shadow_left = SHADOW_TOKENS if config.shadow else 0
         self._passes = 0
-        self._known = False
+        self._cost: PassCost | None = None  # of its step, once measured
 
     def serves(self, spec: EagleSpec) -> bool:
         """Whether a drafter of this shape can take the place of the one in force."""
@@ -96,9 +96,9 @@ class Adaptive:
         self.drafter = drafter
         self._restart()
         self.guard.after_update(drafter, drafter.version, lambda context: None)
-        if not self._known:
-            self._backend.policy.add_drafter(drafter.name, self.costs().passes[drafter.name])
-            self._known = True
+        if self._cost is None:
+            self._cost = self.costs().passes[drafter.name]
+        self._backend.policy.add_drafter(drafter.name, self._cost)
 
     @torch.inference_mode()
     def after_update(self, target: Decoder, version: int) -> None:

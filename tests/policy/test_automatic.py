@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from itertools import repeat
 
 import numpy as np
 import pytest
@@ -11,59 +10,9 @@ from hypothesis import strategies as st
 
 from rollout_spec.policy.automatic import HOLD, AutomaticPolicy
 from rollout_spec.policy.cost_model import CostModel, PassCost
-from rollout_spec.policy.records import HISTORY, Matches, Plan, Reason, StepOutcome, StepState
+from rollout_spec.policy.records import HISTORY, Matches, Plan, Reason, StepOutcome
 
-COSTS = CostModel(
-    {
-        "target": PassCost(1e-3, 2e-4, 18e-3, 7e-4, 5e-8),
-        "nf4": PassCost(1e-3, 2e-4, 5e-3, 6e-4, 5e-8),
-    }
-)
-
-
-def policy(costs=COSTS, **options):
-    """A policy that has seen plain passes of every size to cost what the model says."""
-    made = AutomaticPolicy(costs, **{"probe_share": 0.0, "explore_share": 0.0} | options)
-    for batch in 3 * [2**b for b in range(9)]:
-        made.costs.observe_target(batch, batch, 100 * batch, costs.target(batch, batch, 100 * batch))
-    return made
-
-
-def state(batch=1, context=100, outputs=50, allowed=400, drafters=("nf4",), matches=None, **options):
-    def fill(x):
-        return np.broadcast_to(np.asarray(x, np.int64), (batch,)).copy()
-
-    return StepState(
-        np.arange(batch), fill(context), fill(outputs), fill(allowed), drafters, matches, **options
-    )
-
-
-def seen(acceptance, tokens=4000, longest=16):
-    """A policy that has watched nf4 being accepted this often."""
-    made = policy()
-    rng = np.random.default_rng(0)
-    for _ in range(tokens // longest):
-        hits = rng.random(longest) < acceptance
-        accepted = longest if hits.all() else int(hits.argmin())
-        made.acceptance["nf4"].observe(np.array([40]), np.array([longest]), np.array([accepted]))
-    return made
-
-
-def run(made, where, alpha, passes, costs=COSTS, deciding=None):
-    """Carry plans out with true acceptance `alpha` of every drafter; returns the plans."""
-    rng, plans = np.random.default_rng(1), []
-    for _, decided in zip(range(passes), deciding or repeat(0.0)):
-        plan = made.plan(where)
-        hits = rng.random((len(where.slots), 65)) < alpha
-        accepted = np.minimum(hits.argmin(1), plan.draft_lengths)
-        rows, context = len(where.slots) + int(plan.draft_lengths.sum()), int(where.lengths.sum())
-        drafting = plan.draft_lengths.max() * costs.draft("nf4", len(where.slots), context)
-        drafting = float(drafting) if plan.drafter else 0.0
-        target = costs.target(len(where.slots), rows, context)
-        done = np.zeros(len(where.slots), bool)
-        made.observe(where, plan, StepOutcome(accepted, accepted + 1, done, drafting, target, decided))
-        plans.append(plan)
-    return plans
+from .invented import COSTS, policy, run, seen, state
 
 
 def test_speculates_alone_and_not_in_a_crowd():
@@ -207,53 +156,6 @@ def test_two_way_hysteresis():
     assert set(reasons()) == {Reason.STILL_PAYS}  # on stays on above 1
     made.acceptance = seen(0.05).acceptance
     assert set(reasons()) == {Reason.NOT_WORTH}
-
-
-def test_while_drafting_pays_it_looks_before_every_fourth_pass_and_whenever_something_is_new(monkeypatch):
-    made, looks = policy(), []
-    value = made._value_of_tokens
-    monkeypatch.setattr(made, "_value_of_tokens", lambda *args: looks.append(1) or value(*args))
-
-    def looked(where):
-        before = len(looks)
-        plan = made.plan(where)
-        assert plan.speculates and (plan.draft_lengths < where.allowed).all()
-        return len(looks) > before
-
-    assert [looked(state(2)) for _ in range(2 + 2 * HOLD)] == 2 * [True, *HOLD * [False]]
-    assert looked(state(2)) and not looked(state(2, allowed=3)), "there is less room"
-    assert looked(state(2, matches=Matches(np.array([4, 0]), np.array([0.9, 0.0])))), "history has a proposal"
-    others = state(2)
-    others.slots[:] = [5, 0]
-    assert looked(others), "other sequences"
-
-
-def drafted(stop, limits):
-    """Draft lengths where the drafter is always sure."""
-    taken = stop.take(np.arange(len(limits)), np.array(limits))
-    while taken.more(np.full(len(limits), 9.0)):
-        pass
-    return taken.lengths.tolist()
-
-
-def test_between_looks_a_drafter_drafts_as_far_as_it_did_and_history_as_far_as_it_matches():
-    made, where = policy(), state(2, allowed=[30, 4], stoppable=True)
-    first = made.plan(where)
-    room = first.draft_lengths.tolist()
-    used = drafted(first.stop, room)
-    assert max(used) > 1
-    made.acceptance = seen(0.2).acceptance  # by which a new plan would be shorter
-    again = made.plan(replace(where, allowed=np.array([30, 3])))
-    assert again.reason is Reason.STILL_PAYS and again.drafter == "nf4"
-    assert again.draft_lengths.tolist() == [room[0], 2], "there is room for no more"
-    assert drafted(again.stop, room) == used, "what one pass used up, the next has again"
-
-    made, plans = policy(), []
-    for length in (6, 2, 9):
-        where = state(1, drafters=(), matches=Matches(np.array([length]), np.array([0.95])))
-        plans.append(made.plan(where))
-    assert [plan.draft_lengths.tolist() for plan in plans] == [[6], [2], [9]]
-    assert [plan.reason for plan in plans[1:]] == 2 * [Reason.STILL_PAYS]
 
 
 def test_no_latch():
@@ -512,42 +414,6 @@ def test_a_small_gain_waits_for_plain_passes_and_for_one_again_now_and_then():
     assert plans[3].speculates
     references = [i for i, plan in enumerate(plans) if plan.reason is Reason.REFERENCE]
     assert max(np.diff([*references, len(plans)])) < 70
-
-
-def looks_of_400(decision_seconds):
-    """How often a policy for which nothing pays looks at 8 sequences, once it has settled."""
-    made, where, looks = policy(), state(8, drafters=("nf4",)), []
-    made.acceptance["nf4"] = seen(0.0).acceptance["nf4"]
-    zeros, ones = np.zeros(8, np.int64), np.ones(8, np.int64)
-    for _ in range(600):
-        looks.append(made.looks(8))
-        plan = made.plan(where)
-        assert not plan.speculates
-        seconds = COSTS.target(8, 8, 800)
-        made.observe(where, plan, StepOutcome(zeros, ones, zeros > 0, 0.0, seconds, decision_seconds))
-    return sum(looks[-400:])
-
-
-def test_it_rests_where_nothing_pays_and_longer_if_a_look_is_dear():
-    assert looks_of_400(0.0) == 100
-    assert 5 <= looks_of_400(1e-2) <= 10
-
-
-@pytest.mark.parametrize("usual_before", [0, 40])
-def test_a_decision_that_took_long_once_is_no_verdict(usual_before):
-    """The first look may wait for memory and code, any for the machine: half a second weighs as much as forty passes."""
-    made, where = seen(0.95), state(allowed=100_000)
-    decided = [3e-5] * usual_before + [0.5] + [3e-5] * 30
-    plans = run(made, where, 0.95, len(decided), deciding=decided)
-    assert np.mean([plan.speculates for plan in plans[-20:]]) > 0.9
-
-
-def test_a_decision_takes_what_most_of_the_last_took():
-    made, where = seen(0.95), state(allowed=100_000)
-    run(made, where, 0.95, 23, deciding=[3e-5] * 20 + [0.5] * 3)
-    assert made.deciding == 3e-5
-    run(made, where, 0.95, 9, deciding=[0.5] * 9)
-    assert made.deciding == 0.5
 
 
 def test_a_price_seen_once_is_no_verdict_for_ever():

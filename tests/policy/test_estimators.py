@@ -188,11 +188,28 @@ def test_what_was_not_seen_for_long_tends_to_what_plain_passes_say():
         costs.observe_target(1, 5, 100, 3 * model.target(1, 5, 100))
     for _ in range(100):
         costs.observe_target(1, 1, 100, 1.2 * model.target(1, 1, 100))
-    costs.fade(0.5, passes=200)  # seen since
-    assert costs.target(1, 5, 100) == pytest.approx(3 * model.target(1, 5, 100))
-    costs.fade(0.5, passes=64)
+    costs.fade(0.5)
+    assert costs.target(1, 5, 100) == pytest.approx(3 * model.target(1, 5, 100)), "seen since"
+    assert costs.target(16, 80, 100) == pytest.approx(3 * model.target(16, 80, 100)), (
+        "as wrong as what was seen"
+    )
+    costs.fade(0.5)
     assert costs.target(1, 5, 100) == pytest.approx((3 * 1.2) ** 0.5 * model.target(1, 5, 100))
+    assert costs.target(16, 80, 100) == pytest.approx((3 * 1.2) ** 0.5 * model.target(16, 80, 100))
     assert costs.target(1, 1, 100) == pytest.approx(1.2 * model.target(1, 1, 100))
+
+
+def test_what_drafting_takes_is_learnt_of_as_many_sequences_as_were_drafted_for():
+    cost = PassCost(1e-3, 0, 1e-2, 1e-4, 0)
+    costs = OnlineCosts(CostModel({"target": cost, "nf4": cost}))
+    for _ in range(3):
+        costs.observe_target(16, 16, 0, costs.model.target(16, 16, 0))
+        costs.observe_drafting("nf4", 0, np.full(16, 1), np.zeros(16, int), cost.seconds(16, 16, 0))
+    few = np.array([3, 3, *[0] * 14])
+    for _ in range(3):
+        costs.observe_drafting("nf4", 0, few, np.zeros(16, int), 2 * 3 * cost.seconds(2, 2, 0))
+    assert costs.draft("nf4", 2, 0) == pytest.approx(2 * cost.seconds(2, 2, 0))
+    assert costs.draft("nf4", 16, 0) == pytest.approx(cost.seconds(16, 16, 0))
 
 
 def test_a_pass_after_a_long_gap_counts_for_more():

@@ -114,7 +114,7 @@ def test_neither_price_nor_worth_is_learnt_from_the_pass_that_reads(policy):
     assert policy.arbiter.correction("trained", 1) != 1.0
 
 
-@pytest.mark.parametrize("why", ["new weights", "another sequence in its slot"])
+@pytest.mark.parametrize("why", ["new weights", "another sequence in its slot", "another drafter"])
 def test_what_was_read_is_worth_nothing_for(why, policy, monkeypatch):
     learnt, where = [], state(0)
     monkeypatch.setattr(policy.arbiter, "observe", lambda arm, *rest: learnt.append(arm))
@@ -123,12 +123,37 @@ def test_what_was_read_is_worth_nothing_for(why, policy, monkeypatch):
     assert learnt == ["trained"], "the second pass is learnt from"
     if why == "new weights":
         policy.after_update()
+    elif why == "another drafter":
+        policy.add_drafter("trained", TRAINED)
     else:
         policy.forget(where.slots)
     carry_out(policy, where)
     assert learnt == ["trained"]
     carry_out(policy, where)
     assert learnt == ["trained"] * 2
+
+
+def test_of_one_that_takes_the_place_of_another_what_is_known_stays_if_it_costs_the_same(policy):
+    where = state(0)
+    for _ in range(20):
+        carry_out(policy, where)
+    tried = policy.acceptance["trained"].tried
+    policy.add_drafter("trained", TRAINED)
+    assert policy.acceptance["trained"].tried == tried > 0
+    assert policy.arbiter.correction("trained", 1) != 1.0
+    policy.add_drafter("trained", PassCost(5e-3, 0, 0, 0, 0))
+    assert policy.acceptance["trained"].tried == 0
+    assert policy.arbiter.correction("trained", 1) == 1.0
+    assert policy.arbiter.arms.count("trained") == 1
+    assert policy.costs.model.draft("trained", 1, 100) == 5e-3
+
+
+def test_what_a_drafter_that_comes_later_needs_is_compiled_when_it_comes(monkeypatch):
+    compiled = []
+    made = AutomaticPolicy(CostModel({"target": COSTS.passes["target"]}))
+    monkeypatch.setattr(made, "_until_in_doubt", lambda round, arm, chosen: compiled.append(arm))
+    made.add_drafter("trained", TRAINED)
+    assert "trained" in compiled
 
 
 def trial(made, monkeypatch, arm):

@@ -20,7 +20,7 @@ from rollout_spec.policy.cost_model import CostModel, PassCost, fit
 from rollout_spec.policy.devices import DEVICES, NF4, QWEN2_5_7B, from_datasheet
 from rollout_spec.policy.oracle import Oracle, pooled
 from rollout_spec.policy.records import HISTORY, PassTiming, Plan, Reason, StepState
-from rollout_spec.policy.simulator import makespan, pass_seconds, simulate
+from rollout_spec.policy.simulator import makespan, plan_seconds, simulate
 from rollout_spec.policy.workloads import (
     SYNTHETIC,
     Acceptance,
@@ -61,10 +61,10 @@ def test_a_sure_drafter_makes_the_rounds_one_can_count() -> None:
 
 def test_ragged_drafts_cost_what_every_step_of_theirs_costs() -> None:
     lengths, K, history = np.array([10, 20, 30]), np.array([4, 0, 2]), np.array([1, 0, 2])
-    draft, target = pass_seconds(COSTS, lengths, NF4, K, history)
+    draft, target = plan_seconds(COSTS, lengths, NF4, K, history)
     assert draft == pytest.approx(sum(COSTS.draft(NF4, 1, 10 + j) for j in range(3)))
     assert target == pytest.approx(COSTS.target(3, 3 + 6, 60))
-    alone = pass_seconds(COSTS, lengths, None, history, history)
+    alone = plan_seconds(COSTS, lengths, None, history, history)
     assert alone[0] == 0.0 and alone[1] == pytest.approx(COSTS.target(3, 3 + 3, 60))
 
 
@@ -72,8 +72,8 @@ def test_many_plans_are_priced_like_each_of_them() -> None:
     rng = np.random.default_rng(0)
     lengths, K_CB = rng.integers(10, 99, 5), rng.integers(0, 6, (20, 5))
     history_CB = np.minimum(K_CB, rng.integers(0, 3, (20, 5)))
-    together = np.stack(pass_seconds(COSTS, lengths, NF4, K_CB, history_CB))
-    one_by_one = [pass_seconds(COSTS, lengths, NF4, K, h) for K, h in zip(K_CB, history_CB)]
+    together = np.stack(plan_seconds(COSTS, lengths, NF4, K_CB, history_CB))
+    one_by_one = [plan_seconds(COSTS, lengths, NF4, K, h) for K, h in zip(K_CB, history_CB)]
     np.testing.assert_allclose(together.T, one_by_one)
 
 
