@@ -75,7 +75,7 @@ class SamplingParams:
         min_tokens: No end token before this many output tokens.
         max_tokens: Output limit; None means up to the end of the context, or of the KV cache if that is smaller.
         stop: Strings that end the completion; text is cut before the match, tokens end with the one that
-            completed it.
+            completed it. No special tokens: `text` has none.
         stop_token_ids: Tokens that end the completion, besides the model's own end tokens.
         ignore_eos: Do not stop at the model's own end tokens.
         seed: Together with the engine's seed and the request's id, fixes the noise. Ids the engine gives name the
@@ -197,7 +197,7 @@ class SpecCounts:
 
     Attributes:
         drafted: Draft tokens proposed.
-        accepted: Draft tokens accepted by verification.
+        accepted: Draft tokens accepted by verification, those behind the end of a sample left out.
         verify_steps: Target passes that verified at least one draft token.
         plain_steps: Target passes that decoded one token without drafts.
     """
@@ -217,7 +217,7 @@ class SpecCounts:
 
     @property
     def tau(self) -> float:
-        """Mean tokens emitted per verification (accepted + 1); NaN when there was none."""
+        """Mean tokens per verification, accepted + 1 (where a draft ends a sample there is none besides); NaN without any."""
         return self.accepted / self.verify_steps + 1 if self.verify_steps else math.nan
 
 

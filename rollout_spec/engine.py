@@ -33,6 +33,7 @@ from rollout_spec.observe.trace import TraceRecorder
 from rollout_spec.policy.records import Trace
 from rollout_spec.requests import Prompt, RequestReader, noise_key, read_request_ids
 from rollout_spec.sampling.noise import fold
+from rollout_spec.step_lock import StepLock
 from rollout_spec.torch_backend.backend import StepTimes, TorchBackend
 from rollout_spec.torch_backend.completions import to_completion
 from rollout_spec.torch_backend.features import FeatureStore
@@ -121,7 +122,7 @@ class RolloutEngine:
         self._reader = RequestReader(
             tokenizer, backend.spec.vocab_size, backend.max_model_len, backend.kv_tokens
         )
-        self._changed = threading.Condition(threading.RLock())
+        self._changed = StepLock()
         self._update_lock = threading.Lock()
         self._stepper = ThreadPoolExecutor(1, thread_name_prefix="rollout-spec")  # one, for all streams
         self._shared_step: asyncio.Future[None] | None = None
@@ -130,7 +131,6 @@ class RolloutEngine:
         self._live: dict[str, list[Sample]] = {}
         self._submitted: dict[str, int] = {}
         self._finished = 0
-        self._commits_waiting = 0
         self._last_update = update
 
     # --- construction ----------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ class RolloutEngine:
         groups = self._submit(*self._reader.read(prompts, sampling_params, n, seeds, request_ids))
         samples = [sample for group in groups for sample in group]
         try:
-            while any(sample.finish_reason is None for sample in samples):
+            while not all(sample.done for sample in samples):
                 self._advance()
         except BaseException:
             self._withdraw(samples)
@@ -259,16 +259,23 @@ class RolloutEngine:
         aborts what is left of the request.
         """
         ids = None if request_id is None else [request_id]
-        groups = self._submit(*self._reader.read([prompt], sampling_params, None, None, ids))
-        pending = list(groups[0])
+        request = self._reader.read([prompt], sampling_params, None, None, ids)
+        submitted = self._stepper.submit(self._submit, *request)  # not here: it may have to wait for a step
+        try:
+            pending = list((await asyncio.shield(asyncio.wrap_future(submitted)))[0])
+        except asyncio.CancelledError:
+            if not submitted.cancel():
+                self._stepper.submit(lambda: self._withdraw(submitted.result()[0]))
+            raise
         try:
             while pending:
                 await self._step()
-                for sample in [sample for sample in pending if sample.finish_reason is not None]:
+                for sample in [sample for sample in pending if sample.done]:
                     pending.remove(sample)
                     yield to_completion(sample, self.tokenizer)
         finally:
-            self._withdraw(pending)
+            if pending:
+                self._withdraw(pending)
 
     async def generate_async(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
@@ -297,7 +304,6 @@ class RolloutEngine:
                 self.backend.abort(samples)
                 for sample in samples:
                     self._forget(sample)
-            self._changed.notify_all()
 
     # --- weights and memory ----------------------------------------------------------------------------
 
@@ -324,7 +330,7 @@ class RolloutEngine:
         held = []
 
         def hold() -> None:
-            self._commits_waiting += 1  # locks are not fair: steps make way from here on
+            self._changed.make_way()
             held.append(True)
             with self._changed:
                 pass  # the step that was running is over
@@ -342,10 +348,10 @@ class RolloutEngine:
                     self._no_weights = None
             finally:
                 with self._changed:
-                    self._commits_waiting -= len(held)
                     if not self.backend.whole:
                         self._no_weights = "the last update_weights failed half-way"
-                    self._changed.notify_all()
+                for _ in held:
+                    self._changed.go_on()
         return report
 
     def publish_drafter(
@@ -379,14 +385,8 @@ class RolloutEngine:
             if self._no_weights:
                 raise EngineAsleep(f"{self._no_weights}; call update_weights() before publish_drafter()")
             drafter = self.backend.make_drafter(weights, version, spec)
-            self._commits_waiting += 1  # locks are not fair: steps make way from here on
-            try:
-                with self._changed:
-                    self.backend.publish(drafter)
-            finally:
-                with self._changed:
-                    self._commits_waiting -= 1
-                    self._changed.notify_all()
+            with self._changed:
+                self.backend.publish(drafter)
 
     def keep_features(
         self, layers: Sequence[int] = (), receive: Callable[[Sample, int], None] | None = None
@@ -398,14 +398,18 @@ class RolloutEngine:
             receive: Called between two steps with every sample that finishes and the slot it is about to leave.
 
         Raises:
-            InvalidRequest: Features of other layers are kept already, or the backend is vLLM (use its hook there).
+            InvalidRequest: Features of other layers are kept already, somebody else receives samples, or the backend is
+                vLLM (use its hook there).
         """
         if not isinstance(self.backend, TorchBackend):
             remedy = "there, use rollout_spec.integrations.vllm.hidden_states.capture"
             raise invalid("keep_features", self.config.backend, remedy)
         with self._changed:
+            if receive is not None and self.backend.on_finished is not None:
+                raise invalid("receive", receive, "something else receives samples already; stop it first")
+            kept = self.backend.keep_features(layers)
             self.backend.on_finished = receive
-            return self.backend.keep_features(layers)
+            return kept
 
     def sleep(self, level: int = 1) -> None:
         """Free the KV cache (level 1), and the weights too (level 2: `update_weights` must follow).
@@ -427,7 +431,6 @@ class RolloutEngine:
             if self._asleep:
                 self.backend.wake_up()
                 self._asleep = False
-                self._changed.notify_all()
 
     def stats(self) -> EngineStats:
         """A snapshot of what the engine is doing and has done."""
@@ -522,7 +525,6 @@ class RolloutEngine:
                     backend.submit(sample)
                 self._live[request_id] = list(group)
                 groups.append(group)
-            self._changed.notify_all()
         return groups
 
     def _own_id(self, tokens: np.ndarray, seed: int | None) -> str:
@@ -548,18 +550,18 @@ class RolloutEngine:
 
     def _advance(self) -> None:
         """Run one step for everybody, or wait while there is nothing to run."""
-        with self._changed:
-            if self._asleep or self._no_weights or self._commits_waiting:
-                self._changed.wait(timeout=0.1)  # locks are not fair: a commit would wait for many steps
+        with self._changed.step() as free:
+            if self._asleep or self._no_weights or not free:
+                self._changed.wait(0.1)
                 return
             if not self.backend.has_work:
                 return
             for sample in self.backend.step():
                 self._forget(sample)
-            self._changed.notify_all()
 
     def _forget(self, sample: Sample) -> None:
         self._finished += 1
+        sample.done = True
         group = self._live[sample.request_id]
         group.remove(sample)
         if not group:
@@ -569,7 +571,7 @@ class RolloutEngine:
         """Abort what is left of an abandoned request."""
         with self._changed:
             for sample in samples:
-                if sample.finish_reason is None:
+                if not sample.done:
                     self.backend.abort([sample])
                     self._forget(sample)
 

@@ -120,6 +120,10 @@ class RequestReader:
             )
         if params.stop and self.tokenizer is None:
             raise invalid("stop", params.stop, "this engine has no tokenizer; use stop_token_ids")
+        special = [] if self.tokenizer is None else self.tokenizer.all_special_tokens
+        for stop in params.stop:
+            if any(token in stop for token in special):
+                raise invalid("stop", stop, "completions hold no special tokens; use stop_token_ids")
         vocab = self.vocab_size
         for field_name in ("stop_token_ids", "logit_bias"):
             for token in getattr(params, field_name) or ():

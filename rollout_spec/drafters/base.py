@@ -104,19 +104,15 @@ def draft(round: DraftRound, forward: Callable[[Tensor | None, int], Tensor]) ->
 
 
 class Drafter(Protocol):
-    """Made from policy `version`; `stage` and `commit` follow the policy through an update.
+    """`stage` and `commit` follow the policy through an update.
 
     Attributes:
         name: Distinct among the drafters of an engine.
-        version: Of the policy it was made from, if it `follows_policy`; else a version of its own.
-        follows_policy: Whether it is of no use (stale) under another version of the policy than its own.
-        behind_history: Whether it can draft behind tokens that history has proposed.
+        version: Of the policy that it is a copy of, under another version of which it is stale; else its own.
     """
 
     name: str
     version: int
-    follows_policy: bool
-    behind_history: bool
 
     def propose(self, round: DraftRound) -> Proposal:
         """Draft for every sequence of the round."""

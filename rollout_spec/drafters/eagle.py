@@ -117,7 +117,6 @@ class EagleDrafter:
     """
 
     name = NAME
-    follows_policy = behind_history = False
 
     def __init__(
         self,

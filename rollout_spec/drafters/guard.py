@@ -141,11 +141,15 @@ class DrafterGuard:
             self._report(
                 "raised", f"updating drafter {drafter.name}: {type(error).__name__}: {error}", version, error
             )
-        if not self.check(drafter, version) or not self.config.canary:
+        if drafter is None or not self.check(drafter, version) or not self.config.canary:
             return
         acceptances = []
         for context in self._contexts:
-            logits = compare(context)
+            try:
+                logits = compare(context)
+            except Exception as error:  # a guest's failure
+                self.failed(drafter, error)
+                return
             if logits is None:
                 continue
             target, draft = (x.softmax(-1) for x in logits)

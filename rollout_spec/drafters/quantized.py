@@ -21,8 +21,6 @@ class QuantizedSelfDrafter:
         quantizer: What quantizes the next update.
     """
 
-    follows_policy = behind_history = True
-
     def __init__(self, quantizer: Quantizer, *, quantize_lm_head: bool = True) -> None:
         self.name = quantizer.name
         self.version = -1

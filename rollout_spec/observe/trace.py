@@ -56,6 +56,9 @@ class TraceRecorder:
         max_steps: Passes recorded at most. Then the recorder stops, with an event that says so and with the
             count of what it missed in `about["passes_not_recorded"]`.
         clock: Seconds, never falling; a simulator gives its own.
+
+    Attributes:
+        began: On that clock.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class TraceRecorder:
             raise TraceError(f"max_steps={max_steps}: use an integer >= 1")
         self.max_steps = max_steps
         self._about = dict(about or {})
-        self._clock, self._began = clock, clock()
+        self._clock, self.began = clock, clock()
         self._names: dict[str, int] = {}  # modes and reasons
         self._rows = array("d")
         self._count, self._missed, self._last = 0, 0, 0.0
@@ -78,7 +81,7 @@ class TraceRecorder:
     @property
     def now(self) -> float:
         """Seconds since the trace began: the clock of `TraceRequest` and of events."""
-        return self._clock() - self._began
+        return self._clock() - self.began
 
     def step(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
         """Record a pass that has just ended."""
@@ -99,7 +102,7 @@ class TraceRecorder:
             add(state.lengths),
             names.setdefault(mode, len(names)),
             add(plan.draft_lengths) if drafts else 0,
-            add(outcome.accepted) if drafts else 0,
+            add(np.minimum(outcome.accepted, outcome.emitted)) if drafts else 0,
             add(outcome.emitted),
             np.maximum.reduce(plan.draft_lengths) if drafts else 0,
             outcome.draft_seconds,

@@ -215,7 +215,7 @@ class _Simulation:
         self.clock += outcome.seconds
         self.done[self.live] += outcome.emitted
         self.drafted[self.live] += plan.draft_lengths
-        self.accepted[self.live] += outcome.accepted
+        self.accepted[self.live] += np.minimum(outcome.accepted, outcome.emitted)
         if outcome.finished.any():
             self.finished[self.live[outcome.finished]] = self.clock
             self.live, self.slots = self.live[~outcome.finished], self.slots[~outcome.finished]
@@ -241,7 +241,7 @@ def _row(step: int, clock: float, state: StepState, plan: Plan, outcome: StepOut
         kv_tokens=int(state.lengths.sum()),
         mode=plan.mode,
         drafted=int(plan.draft_lengths.sum()),
-        accepted=int(outcome.accepted.sum()),
+        accepted=int(np.minimum(outcome.accepted, outcome.emitted).sum()),
         emitted=int(outcome.emitted.sum()),
         longest=int(plan.draft_lengths.max()),
         draft_seconds=outcome.draft_seconds,

@@ -101,7 +101,6 @@ class _Distorted:
     def __init__(self, drafter: Drafter, bias: Tensor) -> None:
         self._drafter, self._bias = drafter, bias
         self.name, self.version = drafter.name, drafter.version
-        self.follows_policy, self.behind_history = drafter.follows_policy, drafter.behind_history
 
     def propose(self, round: DraftRound) -> Proposal:
         def forward(model: Decoder, tokens: Tensor | None, step: int) -> Tensor:

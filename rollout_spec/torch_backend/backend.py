@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +64,10 @@ logger = logging.getLogger("rollout_spec")
 
 @dataclass
 class StepTimes:
-    """Seconds spent in `step` since start, by phase (on CUDA: host time, the device runs ahead), and its calls."""
+    """Seconds spent in `step` since start, by phase (on CUDA: host time, the device runs ahead), and its calls.
+
+    What is drafted in shadow is in `total` alone.
+    """
 
     prefill: float = 0.0
     draft: float = 0.0
@@ -156,6 +160,7 @@ class TorchBackend:
         if self.graphs is not None:
             self.graphs.capture()
         self.policy, self.history, self.calibration = choose_policy(self)
+        self._decodes_plainly = isinstance(self.policy, Off)
         return report
 
     def _kv_blocks(self) -> int:
@@ -252,6 +257,9 @@ class TorchBackend:
             memory.release()
         if discard_weights:
             self.weights.discard()
+            self._canary_due = False
+            if self.adaptive is not None:
+                self.adaptive.drafter.discard()
 
     def wake_up(self) -> None:
         """Take the KV cache back; the canary of an update received asleep runs now."""
@@ -263,10 +271,15 @@ class TorchBackend:
             self._canary_due = False
 
     def logprobs(self, tokens: np.ndarray) -> list[float]:
-        """Logprob of each token after the first, from a plain pass (T=1); raises `OutOfBlocks`."""
-        logits = self.score(self.weights.target, tokens)
-        following = torch.from_numpy(tokens[None, 1:]).to(logits.device)
-        return token_logprobs(logits[None, :-1], Processed(logits[None, :-1]), following).logprob[0].tolist()
+        """Logprob of each token after the first, from plain passes like those of a prefill (T=1); raises `OutOfBlocks`."""
+        found: list[float] = []
+        with self._lent_blocks(len(tokens)) as blocks:
+            for start in range(0, len(tokens) - 1, self.config.prefill_chunk):
+                stop = min(start + self.config.prefill_chunk, len(tokens) - 1)
+                logits = self.runner.score(self.weights.target, tokens[:stop], blocks, start)[None]
+                following = torch.from_numpy(tokens[None, start + 1 : stop + 1]).to(logits.device)
+                found += token_logprobs(logits, Processed(logits), following).logprob[0].tolist()
+        return found
 
     def figures(self) -> dict[str, Any]:
         """What `EngineStats` says of a backend."""
@@ -294,9 +307,15 @@ class TorchBackend:
     @torch.inference_mode()
     def score(self, model: Decoder, tokens: np.ndarray) -> Tensor:
         """Logits `[T, padded_vocab]` after each of `tokens [T]`, recomputed from scratch; raises `OutOfBlocks`."""
-        blocks = self.pool.allocate(-(-len(tokens) // self.config.block_size))
-        try:
+        with self._lent_blocks(len(tokens)) as blocks:
             return self.runner.score(model, tokens, blocks)
+
+    @contextmanager
+    def _lent_blocks(self, tokens: int) -> Iterator[list[int]]:
+        """Blocks for so many tokens that are no sample's; raises `OutOfBlocks`."""
+        blocks = self.pool.allocate(-(-tokens // self.config.block_size))
+        try:
+            yield blocks
         finally:
             # A NaN left here would be read behind a mask.
             for memory in self._memory:
@@ -320,9 +339,9 @@ class TorchBackend:
     ) -> EagleDrafter:
         """A drafter from its tensors, not in force yet; see `RolloutEngine.publish_drafter`."""
         options, current = self.config.speculation, None if self.adaptive is None else self.adaptive.drafter
-        decides = options.history and options.draft_length is None
-        if not options.adaptive and options.drafter == "none" and not decides:
-            raise invalid("speculation.adaptive", False, "set it to true: nothing prepared for a drafter")
+        if self._decodes_plainly:
+            remedy = "set it to true; if it is, the log says why drafts have no place here"
+            raise invalid("speculation.adaptive", options.adaptive, remedy)
         if spec is None:
             if current is None:
                 raise invalid("spec", None, "give the EagleSpec of the first drafter that is published")
@@ -541,9 +560,7 @@ class TorchBackend:
         )
         counted = np.zeros((len(rows), 4), np.int64)
         counted[:, VERIFY_STEPS], counted[:, PLAIN_STEPS] = draft_lengths > 0, draft_lengths == 0
-        counted[:, DRAFTED], counted[:, ACCEPTED] = draft_lengths, accepted
-        self.slots.spec[rows] += counted
-        self.spec_counters += counted.sum(0)
+        counted[:, DRAFTED] = draft_lengths
         if self.on_finished is not None:
             for row in np.flatnonzero(accepted < draft_lengths).tolist():
                 self.slots.sample(int(rows[row])).rejected.append(int(starts[row] + accepted[row]))
@@ -563,6 +580,9 @@ class TorchBackend:
         if self.slots.stop_strings[rows].any():
             assert self._decode_text is not None
             self.generated_tokens -= cut_at_stop_strings(self.slots, rows, appended, ended, self._decode_text)
+        counted[:, ACCEPTED] = np.minimum(accepted, appended)  # some may lie behind an end
+        self.slots.spec[rows] += counted
+        self.spec_counters += counted.sum(0)
         if self.history is not None:
             self.history.extend(rows, tokens, appended)
         finished, done = self._finish(rows, ended)
@@ -615,14 +635,19 @@ class TorchBackend:
             last = int(self.slots.tokens[slot, self.slots.length[slot] - 1])
             sample.finish_reason = FinishReason.STOP if ended[row] else FinishReason.LENGTH
             if self.on_finished is not None:
-                self.on_finished(sample, slot)
+                try:
+                    self.on_finished(sample, slot)
+                except Exception:
+                    logger.exception(
+                        "what receives finished samples raised; %s is lost to it", sample.request_id
+                    )
             self._release(slot)
             if ended[row] and sample.stop_reason is None and last in sample.params.stop_token_ids:
                 sample.stop_reason = last
             self.guard.remember(np.concatenate((sample.prompt.tokens, sample.output)))
             finished.append(sample)
             if self.recorder is not None:
-                self.recorder.request(_traced(sample, self.recorder.now))
+                self.recorder.request(_traced(sample, self.recorder))
         return finished, done
 
     def assign(self, sample: Sample) -> None:
@@ -636,8 +661,8 @@ class TorchBackend:
             sample.end_tokens,
             sample.noise_key,
         )
-        if self.recorder is not None and math.isnan(sample.started):
-            sample.started = self.recorder.now
+        if math.isnan(sample.started):
+            sample.started = time.perf_counter()
         if self.history is not None:
             self.history.begin(sample.slot, sample.prompt.tokens, sample.output)
 
@@ -645,14 +670,14 @@ class TorchBackend:
         self.scheduler.release(slot)
 
 
-def _traced(sample: Sample, now: float) -> TraceRequest:
+def _traced(sample: Sample, recorder: TraceRecorder) -> TraceRequest:
     """What a trace keeps of a finished sample; one that began before the trace counts from its start."""
     return TraceRequest(
         request=f"{sample.request_id}/{sample.index}",
         prompt_tokens=len(sample.prompt.tokens),
         output_tokens=len(sample.output),
-        started=0.0 if math.isnan(sample.started) else sample.started,
-        finished=now,
+        started=max(sample.started - recorder.began, 0.0),
+        finished=recorder.now,
         drafted=int(sample.spec[DRAFTED]),
         accepted=int(sample.spec[ACCEPTED]),
     )

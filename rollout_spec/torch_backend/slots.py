@@ -58,8 +58,9 @@ class Sample:
         default_factory=list
     )  # positions of drafts that fell, if somebody learns from them
     finish_reason: FinishReason | None = None
+    done: bool = False  # nothing of it changes any more: whoever waits for it may read it
     stop_reason: int | str | None = None
-    started: float = math.nan  # on the clock of the trace that is being recorded
+    started: float = math.nan  # when it first had a slot, by `time.perf_counter`
 
     @property
     def length(self) -> int:

@@ -32,7 +32,7 @@ class UpdateReport:
 
     Attributes:
         version: The policy version now in force.
-        seconds: From the first tensor to the commit, waiting for the sender included.
+        seconds: From the first tensor to the last, waiting for the sender included; the commit comes after.
         quantize_seconds: The part spent quantizing the drafter.
         tensors: Tensors received.
         nbytes: Their bytes.

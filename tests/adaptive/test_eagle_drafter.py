@@ -331,9 +331,11 @@ def test_a_drafter_for_another_policy_or_an_engine_without_a_place_for_one_is_re
         engine.publish_drafter(make_weights(spec).items(), spec=spec)
     with pytest.raises(InvalidRequest, match="give the EagleSpec"):
         engine.publish_drafter([])
-    plain = make_engine(model, speculation={"adaptive": False})
-    with pytest.raises(InvalidRequest, match=r"speculation.adaptive=False"):
-        plain.publish_drafter([], spec=make_spec(plain))
+    for options in ({"adaptive": False}, {"draft_length": None, "kv_cache_tokens": 16}):
+        tokens = {"kv_cache_tokens": options.pop("kv_cache_tokens")} if "kv_cache_tokens" in options else {}
+        plain = make_engine(model, speculation=options, **tokens)
+        with pytest.raises(InvalidRequest, match=r"speculation.adaptive="):
+            plain.publish_drafter([], spec=make_spec(plain))
 
 
 def test_weights_are_copied_and_versions_count_up(model):

@@ -15,6 +15,8 @@ KINDS = [k for k, lacks in available_quantizers("cpu", torch.float32).items() if
 class CharTokenizer:
     """Token i is the character chr(33 + i): enough of a tokenizer for prompts and stop strings."""
 
+    all_special_tokens = ("<end>",)
+
     def __call__(self, text):
         return {"input_ids": [ord(character) - 33 for character in text]}
 

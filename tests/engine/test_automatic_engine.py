@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 
 import pytest
 
@@ -207,3 +208,26 @@ def test_verify_passes_are_measured_without_a_drafter_too(make_engine, prompts, 
     assert {timing.kind for timing in timings} == {"target"}
     assert {timing.rows // timing.batch for timing in timings} == {1, 2, 6}
     generate(engine, prompts)
+
+
+def test_a_sample_that_began_before_the_trace_counts_from_its_start(make_engine, prompts):
+    """Also if another trace was being recorded when it began, or it has had its slot twice."""
+    engine = make_engine(kv_cache_tokens=512)
+    engine.start_trace()
+    time.sleep(0.3)  # that trace's clock is ahead by this
+    with engine._changed:
+        engine._submit(
+            *engine._reader.read(
+                prompts[:2], SamplingParams(max_tokens=40, ignore_eos=True), None, None, None
+            )
+        )
+        engine.backend.step()
+        engine.backend.scheduler.preempt_all()
+        began = time.perf_counter()
+        engine.start_trace()
+        while engine.backend.has_work:
+            for sample in engine.backend.step():
+                engine._forget(sample)
+    trace, took = engine.stop_trace(), time.perf_counter() - began
+    assert [request.started for request in trace.requests] == [0.0, 0.0]
+    assert all(0 < request.finished < took for request in trace.requests)

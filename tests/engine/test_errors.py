@@ -87,6 +87,9 @@ REQUESTS = {
     "ids that cannot be hashed": ({"prompts": [GOOD], "request_ids": [["a"]]}, r"request_ids\[0\]=\['a'\]", "a string"),
     "an id that cannot be encoded": ({"prompts": [GOOD], "request_ids": ["\ud800"]}, r"request_ids\[0\]=", "printable"),
     "text instead of ids": ({"prompts": [GOOD], "request_ids": "a"}, "request_ids='a'", "give a list"),
+    "special token as a stop string": (
+        {"prompts": [GOOD], "params": SamplingParams(stop=["A", "A<end>"])}, "stop='A<end>'", "use stop_token_ids",
+    ),
     "stop token beyond the vocabulary": (
         {"prompts": [GOOD], "params": SamplingParams(stop_token_ids=[VOCAB])}, f"stop_token_ids={VOCAB}", r"in \[0, 61\)",
     ),

@@ -300,3 +300,29 @@ def test_sleep_wakes_up_to_the_same_answers(make_engine, model, prompts):
             assert len(engine.generate(prompts, params)) == len(prompts)
         else:
             assert tokens(engine.generate(prompts, params, request_ids=list("abcdef"))) == before
+
+
+def test_drafts_behind_an_end_are_not_counted_as_accepted(make_engine, prompts):
+    """All of a draft may be accepted though its first token ends the sample."""
+    engine, free = make_engine(), SamplingParams(max_tokens=40, ignore_eos=True)
+    (whole,) = engine.generate(prompts[:1], free, request_ids=["a"])
+    counted = []
+    for token in dict.fromkeys(whole.token_ids[:12]):
+        params = SamplingParams(max_tokens=40, ignore_eos=True, stop_token_ids=(token,))
+        (cut,) = engine.generate(prompts[:1], params, request_ids=["a"])
+        assert cut.token_ids == whole.token_ids[: len(cut.token_ids)] and cut.token_ids[-1] == token
+        passes = cut.spec.verify_steps + cut.spec.plain_steps
+        assert cut.spec.accepted <= len(cut.token_ids) <= cut.spec.accepted + passes
+        counted.append(cut.spec.accepted == len(cut.token_ids) - passes + 1)
+    assert any(counted), "an end within a draft"
+
+
+def test_logprobs_of_a_long_text_are_computed_piece_by_piece(make_engine, prompts):
+    text = (prompts[5] * 6)[:150]
+    whole = make_engine(prefill_chunk=512).logprobs(text)
+    engine = make_engine(prefill_chunk=16)
+    rows, score = [], engine.backend.runner.score
+    engine.backend.runner.score = lambda *args: rows.append(score(*args)) or rows[-1]
+    assert engine.logprobs(text) == pytest.approx(whole, abs=1e-5)
+    assert len(rows) == 10 and max(len(logits) for logits in rows) == 16
+    assert engine.stats().kv_tokens_free == engine.stats().kv_tokens

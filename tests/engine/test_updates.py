@@ -173,6 +173,13 @@ def raising(engine, monkeypatch):
     monkeypatch.setattr(engine.backend.weights.drafter, "propose", propose)
 
 
+def raising_where_it_computes(engine, monkeypatch):
+    def model(drafter):
+        raise ZeroDivisionError("the guest's head fell off")
+
+    monkeypatch.setattr(type(engine.backend.weights.drafter), "model", property(model))
+
+
 FAULTS = [
     (not_updated, "stale", "version 0, not 1"),
     (staging_lost, "raised", "linears were not staged"),
@@ -180,6 +187,7 @@ FAULTS = [
     (zeroed, "low-acceptance", "canary"),
     (not_a_number, "nan", "NaN"),
     (raising, "raised", "the guest tripped"),
+    (raising_where_it_computes, "raised", "the guest's head fell off"),
 ]
 
 
@@ -226,3 +234,31 @@ def test_a_mended_drafter_is_used_again(make_engine, prompts, monkeypatch):
     engine.update_weights(model.named_parameters())
     assert engine.stats().drafter == DRAFTER
     assert sum(c.spec.accepted for c in engine.generate(prompts, PARAMS)) > 0
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_update_stands_whatever_its_drafter_does_in_the_canary(make_engine, prompts, monkeypatch, level):
+    model = make_model(0)
+    engine = make_engine(model)
+    generate(engine, prompts)
+    raising_where_it_computes(engine, monkeypatch)
+    engine.sleep(level)
+    engine.update_weights(model.named_parameters())
+    assert engine.stats().last_update.version == 1
+    engine.wake_up()
+    assert [report.cause for report in engine.stats().reports] == ["raised"]
+    assert len(generate(engine, prompts)) > 0
+
+
+def test_weights_that_slept_away_are_not_judged(make_engine, prompts):
+    """An update while asleep owes a canary; if its weights are gone before the engine wakes there is nothing to judge."""
+    model = make_model(0)
+    engine = make_engine(model)
+    generate(engine, prompts)
+    engine.sleep()
+    engine.update_weights(model.named_parameters())
+    engine.sleep(2)
+    engine.wake_up()
+    assert not engine.stats().reports
+    engine.update_weights(model.named_parameters())
+    assert engine.stats().drafter == DRAFTER and not engine.stats().reports
