@@ -115,6 +115,18 @@ def test_one_receives_samples_at_a_time(engine, prompts):
     assert engine.backend.on_finished is None
 
 
+def test_no_step_begins_while_somebody_waits(engine, prompts, monkeypatch):
+    steps, step = [], engine.backend.step
+    monkeypatch.setattr(engine.backend, "step", lambda: steps.append(1) or step())
+    engine._submit(*engine._reader.read([prompts[0]], LONG, None, None, None))
+    engine._changed.make_way()
+    engine._advance()
+    assert not steps
+    engine._changed.go_on()
+    engine._advance()
+    assert steps
+
+
 def test_steps_make_way_until_told_to_go_on():
     lock = StepLock()
     with lock.step() as free:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollout_spec.policy.automatic import HOLD, AutomaticPolicy
+from rollout_spec.policy.candidates import Candidate
 from rollout_spec.policy.cost_model import CostModel, PassCost
 from rollout_spec.policy.records import HISTORY, Matches, Plan, Reason, StepOutcome
 
@@ -435,3 +436,16 @@ def test_a_bad_record_is_no_verdict_for_ever():
     assert not any(plan.speculates for plan in run(made, where, 0.95, 40))
     drafted = [plan.speculates for plan in run(made, where, 0.95, 3000)]
     assert np.mean(drafted[-200:]) > 0.9
+
+
+def test_the_variance_of_a_candidate_is_that_of_its_own_tokens():
+    """Over sequences and passes; what history has ahead of a drafter's does not change how they drift apart here."""
+    alive = np.array([[0.9, 0.81, 0.6, 0.5], [0.5, 0.2, 0.1, 0.1]])
+    rng = np.random.default_rng(0)
+    luck = rng.random((200_000, 2, 1))
+    taken = (luck < alive[:, :3]).sum(-1)  # P(1..j accepted) = alive[:, j - 1]
+    for certain in (np.zeros(2), np.full(2, 3.0)):
+        many = certain.astype(int)
+        found = Candidate("nf4", many + 3, many, certain, alive, 3, 1.0, 1.0)
+        assert found.variance == pytest.approx(taken.var(), rel=0.02)
+        assert found.tokens.mean() == pytest.approx(1 + certain.mean() + taken.mean(), rel=0.02)

@@ -138,3 +138,10 @@ def test_from_one_that_loses_it_changes_to_none_that_promises_less_than_the_marg
     assert made._with_hysteresis({"plain": 1.0, "nf4": 0.97, "history": 1.005}) == "plain"
     assert made._with_hysteresis({"plain": 1.0, "nf4": 0.97, "history": 1.03}) == "history"
     assert made._with_hysteresis({"plain": 1.0, "nf4": 1.02, "history": 1.03}) == "nf4"
+
+
+def test_what_was_held_of_two_is_not_done_for_the_one_that_is_left():
+    made = policy()
+    assert made.plan(state(2)).speculates
+    made.forget(np.array([1]))
+    assert made.plan(state(1)).draft_lengths.shape == (1,)
