@@ -24,23 +24,22 @@ class StepLock:
         try:
             self._changed.acquire()
         except BaseException:
-            self.go_on()
+            self._count(-1)
             raise
 
     def __exit__(self, *error: object) -> None:
+        self._count(-1)
+        self._changed.notify_all()  # before the lock is gone: steps would have it
         self._changed.release()
-        self.go_on()
 
     def make_way(self) -> None:
         """No step begins from here on, until `go_on` was called as often; one that runs may go on to its end."""
-        with self._counting:
-            self._waiting += 1
+        self._count(1)
 
     def go_on(self) -> None:
         """One less has to be made way for."""
-        with self._counting:
-            self._waiting -= 1
         with self._changed:
+            self._count(-1)
             self._changed.notify_all()
 
     @contextmanager
@@ -52,3 +51,7 @@ class StepLock:
     def wait(self, seconds: float) -> None:
         """In the place of a step: until somebody has had his turn, at most so long."""
         self._changed.wait(seconds)
+
+    def _count(self, change: int) -> None:
+        with self._counting:
+            self._waiting += change
