@@ -299,13 +299,14 @@ class Coordinator:
         return self._begin(Phase.PUBLISHING if due else Phase.TRAINING)
 
     def _decide(self) -> None:
-        """Publish the candidate if the workers' contexts speak for it."""
+        """Publish the candidate if the contexts speak for it, of workers with a drafter in force where there are such."""
         answers = [answer for answer in self._answers.values() if isinstance(answer, Evaluated)]
         tensors = next((answer.tensors for answer in answers if answer.tensors is not None), None)
-        tokens = sum(answer.tokens for answer in answers)
+        judges = [answer for answer in answers if answer.current is not None and answer.tokens] or answers
+        tokens = sum(answer.tokens for answer in judges)
         if tensors is not None and tokens:
-            candidate = sum(answer.candidate * answer.tokens for answer in answers) / tokens
-            current = sum(answer.current * answer.tokens for answer in answers) / tokens
+            candidate = sum(answer.candidate * answer.tokens for answer in judges) / tokens
+            current = sum((answer.current or 0.0) * answer.tokens for answer in judges) / tokens
             compared = f"acceptance {candidate:.3f} against {current:.3f} on {tokens} held-out tokens"
             if candidate > current + self.options.min_gain or "better" not in self._guards:
                 self._publish(tensors)

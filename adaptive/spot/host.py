@@ -108,7 +108,7 @@ class Host:
             return Done(state=self.trainee.state() if task.last else None)
         candidate = self.trainee.candidate()
         accepted, tokens = self.trainee.evaluate(candidate, self._needed)
-        current = 0.0
+        current = None
         if self._in_force is not None and not self._needed():
             current = self.trainee.evaluate(self._in_force, self._needed)[0]
         return Done(None, accepted, current, tokens, candidate if task.order.lead else None)
