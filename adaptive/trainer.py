@@ -289,7 +289,8 @@ class DrafterTrainer:
             state = self._optimizer.state[parameter]
             if not state:  # as the first step would make them
                 zero = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state |= {"step": torch.zeros(()), "exp_avg": zero, "exp_avg_sq": zero.clone()}
+                step = torch.zeros((), device=parameter.device)  # as fused updates want it
+                state |= {"step": step, "exp_avg": zero, "exp_avg_sq": zero.clone()}
             found |= {f"moments/{index}/{name}": tensor for name, tensor in state.items()}
         return found | {f"average/{name}": tensor for name, tensor in self._average.items()}
 

@@ -18,7 +18,7 @@ class Trainee(Protocol):
         """Train on one micro-batch; its loss, or None where there is no data."""
 
     def state(self) -> Tensors:
-        """A copy of all that must be the same on every worker: trainable tensors and the optimizer's moments.
+        """A copy, on the CPU, of all that must be the same on every worker: trainable tensors and the optimizer's moments.
 
         Never the target's tensors. Floating tensors are averaged over workers, others taken from the first.
         """
@@ -27,7 +27,7 @@ class Trainee(Protocol):
         """Take a state over (copied; the tensors are read-only)."""
 
     def candidate(self) -> Tensors:
-        """A copy of the drafter as it would be published."""
+        """A copy of the drafter, on the CPU, as it would be published."""
 
     def evaluate(self, tensors: Tensors, needed: Callable[[], bool]) -> tuple[float, int]:
         """A drafter's acceptance per token on held-out recent contexts, and on how many tokens (0: there are none).

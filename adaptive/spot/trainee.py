@@ -148,8 +148,8 @@ class DrafterTrainee:
         return True
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and moments."""
-        return {name: tensor.detach().clone() for name, tensor in self.trainer.tensors().items()}
+        """Weights and moments, on the CPU."""
+        return _on_host(self.trainer.tensors())
 
     def load(self, state: Tensors) -> None:
         """Take a state over."""
@@ -157,8 +157,8 @@ class DrafterTrainee:
         self._new = False
 
     def candidate(self) -> dict[str, Tensor]:
-        """The drafter by its checkpoint names, with averaged weights if the training keeps them."""
-        return {name: tensor.detach().clone() for name, tensor in self.trainer.averaged().items()}
+        """The drafter by its checkpoint names, on the CPU, with averaged weights if the training keeps them."""
+        return _on_host(self.trainer.averaged())
 
     def evaluate(self, tensors: Tensors, needed: Callable[[], bool] = lambda: False) -> tuple[float, int]:
         """Share of drafts accepted, at the length trained for, on the newest held-out episodes."""
@@ -190,3 +190,8 @@ class DrafterTrainee:
         version = self._engine.backend.weights.version
         if version != self._version:
             self.trainer.target, self._version = self._lent(), version
+
+
+def _on_host(tensors: Tensors) -> dict[str, Tensor]:
+    """Copies for a coordinator, which may have no accelerator."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -96,6 +96,14 @@ def test_only_the_drafters_own_tensors_are_sent() -> None:
     assert {name.split("/")[0] for name in trainee.state()} == {"weights", "moments", "average"}
 
 
+@pytest.mark.parametrize(("sent", "kept"), [("state", "tensors"), ("candidate", "averaged")])
+def test_what_is_sent_is_on_the_host(sent: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, trainee = make()
+    monkeypatch.setattr(trainee.trainer, kept, lambda: {"w": torch.zeros(1, device="meta")})
+    with pytest.raises(NotImplementedError, match="copy out of meta"):  # there is nothing to copy, but it is tried
+        getattr(trainee, sent)()
+
+
 def test_held_out_requests_are_never_trained_on() -> None:
     served, trainee = make()
     roll_out(served)
