@@ -95,14 +95,24 @@ class DrafterTrainee:
         """On a served engine, from nothing or from a checkpoint folder. `functools.partial` of it makes trainees in Ray.
 
         Args:
-            served: With the spec of the drafter.
+            served: With the spec of the drafter; from a checkpoint, it gets that one's.
             config: How to train; None: `usual_config`.
             checkpoint: Of `rollout-spec drafter train`.
             options: Others of the class.
+
+        Raises:
+            InvalidRequest: There is no spec, or it is of another kind than the checkpoint.
+            CheckpointError: See `read_checkpoint`.
         """
         engine = served.engine
         if checkpoint:
             module = read_checkpoint(checkpoint).module()
+            kind = module.spec.kind
+            if served.spec is not None and served.spec.kind != kind:
+                raise invalid(
+                    "kind", served.spec.kind, f"{checkpoint} holds a drafter of kind {kind!r}; use that kind"
+                )
+            served.spec = module.spec
         elif served.spec is None:
             raise invalid("spec", None, "give the served engine the EagleSpec of the drafter to train")
         else:
