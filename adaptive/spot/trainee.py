@@ -38,7 +38,7 @@ def usual_config(checkpoint: str = "", kind: Kind = "eagle") -> TrainConfig:
 class DrafterTrainee:
     """Trains on the sequences that `engine` finishes from now on, under the policy in force and the one before.
 
-    One request in `held_out` is never trained on; candidates are judged by those of the newest policy.
+    One request in `held_out` is never trained on; candidates are judged by the latest of those.
 
     Args:
         engine: On the torch backend.
