@@ -168,15 +168,6 @@ def test_resuming_with_another_configuration_is_refused():
         other.load_state_dict(trainer.state_dict())
 
 
-def test_workers_average_their_gradients():
-    trainer, alone = make_trainer(), make_trainer()
-    episodes = make_episodes(trainer.module.spec)
-    trainer.step(episodes, reduce=lambda gradients: [g.zero_() for g in gradients] and None)
-    alone.step(episodes)
-    start = make_trainer().module.fc.weight
-    assert torch.equal(trainer.module.fc.weight, start) and not torch.equal(alone.module.fc.weight, start)
-
-
 def test_a_gradient_that_is_not_finite_updates_nothing():
     trainer = make_trainer()
     (episode,) = make_episodes(trainer.module.spec, (9,))
