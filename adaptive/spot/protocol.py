@@ -8,7 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rollout_spec.contracts import RolloutSpecError
+
 Tensors = Mapping[str, Tensor]
+
+
+class SpotError(RolloutSpecError, RuntimeError):
+    """A worker or the coordinator cannot start, is lost again and again, or does not answer; the message says which."""
 
 
 class Trainee(Protocol):
