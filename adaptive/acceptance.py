@@ -66,11 +66,11 @@ def measure(
         InvalidRequest: See `pack`.
     """
     overlap, counts = np.zeros(draft_length), np.zeros(draft_length)
-    tokens, rounds = 0, np.zeros(2)
+    tokens, rounds, device = 0, np.zeros(2), module.fc.weight.device
     for group in _groups(episodes, batch_tokens):
         if stop():
             break
-        batch = pack(group, max(len(episode.tokens) for episode in group))
+        batch = pack(group, max(len(episode.tokens) for episode in group)).to(device)
         alpha, accepted = _steps(module, target, batch, draft_length)
         for step in range(draft_length):
             counted = batch.drafts(step).cpu().numpy()

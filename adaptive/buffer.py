@@ -6,7 +6,6 @@ import threading
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -151,17 +150,6 @@ class EpisodeBuffer:
                 outdated=self._outdated,
                 refused=self._refused,
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draw the same samples, the episodes aside."""
-        with self._lock:
-            return {"rng": self._rng.bit_generator.state, "versions": (self._previous, self._current)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`; add the episodes again, in their order, before or after."""
-        with self._lock:
-            self._rng.bit_generator.state = state["rng"]
-            self._previous, self._current = state["versions"]
 
     def _advance(self, version: int) -> None:
         if version <= self._current:

@@ -82,7 +82,10 @@ class Checkpoint:
 
 
 class Checkpointer:
-    """Saves checkpoints below `root` in a thread of its own, one after the other; the newest `keep` stay."""
+    """Saves checkpoints below `root` in a thread of its own, one after the other.
+
+    Beside the one written last, the `keep` - 1 of the most steps stay: a folder may hold those of a longer run.
+    """
 
     def __init__(self, root: str | Path, *, keep: int = 2) -> None:
         self.root, self.keep = Path(root), keep
@@ -117,7 +120,8 @@ class Checkpointer:
         self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], record: dict[str, Any]
     ) -> Path:
         folder = _write_folder(self.root, weights, optimizer, record)
-        for old in checkpoints(self.root)[: -self.keep]:
+        others = [path for path in checkpoints(self.root) if path != folder]
+        for old in others[: max(0, len(others) + 1 - self.keep)]:
             shutil.rmtree(old)
         return folder
 

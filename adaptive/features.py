@@ -61,7 +61,7 @@ def features_of(target: Decoder, layers: Sequence[int], sequences: Sequence[Tens
 def groups(lengths: Sequence[int], most: int | None = None) -> Iterator[list[int]]:
     """Places of sequences of `lengths`, shortest first, in groups that fit a pass when padded to their longest.
 
-    `most` ends them with the group that brings so many tokens together; sequences are left out evenly then.
+    Of sequences with n times `most` tokens, n rounded down, every n-th is in them.
     """
     share = 1 if most is None else max(1, sum(lengths) // most)
     group: list[int] = []

@@ -36,8 +36,8 @@ def start_as_last_layer(module: EagleModule, target: Decoder, sequences: Sequenc
     Args:
         module: Of the target's sizes.
         target: Whose last layer. Biases of its linears are left out: the drafter has none.
-        sequences: Token ids int64 [T] that the target has sampled, prompts included. Of more than 65,536 tokens every
-            second sequence or fewer are used.
+        sequences: Token ids int64 [T] that the target has sampled, prompts included. From 131,072 tokens on
+            every second sequence is used, from 196,608 on every third, and so on.
 
     Raises:
         InvalidRequest: The drafter is of another kind, or the sequences have fewer tokens than a pair has channels.

@@ -14,7 +14,7 @@ def _no_positions() -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """One sequence, prompt and response, under one policy version.
+    """One sequence, prompt and response, with the features of one policy version.
 
     Attributes:
         request_id: Whose it is.
@@ -22,7 +22,8 @@ class Episode:
         features: [T, F] or [T - 1, F], in the target's dtype: its features at each position, as
             `EagleSpec.feature_layers` names them. The last token, which no pass has read, may have none.
         prompt_tokens: How many of the tokens are the prompt.
-        version: The policy version that computed the features and sampled the response.
+        version: The policy version that computed the features and sampled the response, or its end: where an update
+            interrupted it, an older one sampled what came before.
         rejected: int64, ascending: positions of `tokens` at which verification rejected a draft; what stands there is
             what the target drew instead.
     """

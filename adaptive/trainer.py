@@ -165,10 +165,6 @@ class StepMetrics:
     learning_rate: float
 
 
-Reduce = Callable[[list[Tensor]], None]
-"""Average gradients over workers, in place; called between the backward pass and the update."""
-
-
 class DrafterTrainer:
     """Trains `module` on episodes of the target that `target` is of. Everything is deterministic.
 
@@ -205,7 +201,7 @@ class DrafterTrainer:
     def device(self) -> torch.device:
         return self._parameters[0].device
 
-    def step(self, episodes: Sequence[Episode], reduce: Reduce | None = None) -> StepMetrics:
+    def step(self, episodes: Sequence[Episode]) -> StepMetrics:
         """Learn from one micro-batch: forward, backward, update. It can be interrupted after any call, not within.
 
         Raises:
@@ -227,8 +223,6 @@ class DrafterTrainer:
                 config.loss(step),
             )
         loss.backward()
-        if reduce is not None:
-            reduce([p.grad for p in self._parameters if p.grad is not None])
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, config.gradient_clip)
         rate = config.rate(self.steps_done)
         for group, scale in zip(self._optimizer.param_groups, self._scales(), strict=True):
@@ -289,7 +283,8 @@ class DrafterTrainer:
             state = self._optimizer.state[parameter]
             if not state:  # as the first step would make them
                 zero = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state |= {"step": torch.zeros(()), "exp_avg": zero, "exp_avg_sq": zero.clone()}
+                step = torch.zeros((), device=parameter.device)  # as fused updates want it
+                state |= {"step": step, "exp_avg": zero, "exp_avg_sq": zero.clone()}
             found |= {f"moments/{index}/{name}": tensor for name, tensor in state.items()}
         return found | {f"average/{name}": tensor for name, tensor in self._average.items()}
 

@@ -13,6 +13,7 @@ import pytest
 import tomllib
 
 from rollout_spec.adaptive.checkpoint import CheckpointError
+from rollout_spec.adaptive.spot.protocol import SpotError
 from rollout_spec.adaptive.trainer import TrainingError
 from rollout_spec.cli import COMMANDS, main
 from rollout_spec.config import EngineConfig, SpeculationConfig
@@ -148,7 +149,8 @@ def test_every_error_of_the_package_is_in_the_table() -> None:
         return {cls.__name__ for cls in ours}.union(*map(below, ours))
 
     adapters = (UnsupportedVllm, UnsupportedVerl, UnsupportedTrl, PoolError, HalfUpdated)
-    everything = below(RolloutSpecError) | {e.__name__ for e in (*adapters, CheckpointError, TrainingError)}
+    adaptive = (CheckpointError, TrainingError, SpotError)
+    everything = below(RolloutSpecError) | {e.__name__ for e in (*adapters, *adaptive)}
     assert {row[0].strip("`") for row in rows(section(API, "Errors"))} == everything
 
 

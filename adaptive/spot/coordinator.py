@@ -37,6 +37,7 @@ from rollout_spec.adaptive.spot.messages import (
     ToWorker,
     Train,
 )
+from rollout_spec.contracts import invalid
 
 GUARDS = frozenset(
     {
@@ -73,6 +74,9 @@ class SpotOptions:
         save_every: Rounds between two checkpoints (one is also written at each publication).
         min_gain: Acceptance by which a candidate must beat the drafter in force.
         patience: Rollouts without any idle worker after which the spot trainer stays off.
+
+    Raises:
+        InvalidRequest: One of them is out of range.
     """
 
     micro_batches: int = 8
@@ -80,6 +84,14 @@ class SpotOptions:
     save_every: int = 1
     min_gain: float = 0.0
     patience: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batches", "publish_every", "save_every", "patience"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise invalid(name, value, "use an integer >= 1")
+        if not -1 <= self.min_gain <= 1:
+            raise invalid("min_gain", self.min_gain, "use a difference of two shares, within [-1, 1]")
 
 
 @dataclass(frozen=True)
@@ -287,13 +299,14 @@ class Coordinator:
         return self._begin(Phase.PUBLISHING if due else Phase.TRAINING)
 
     def _decide(self) -> None:
-        """Publish the candidate if the workers' contexts speak for it."""
+        """Publish the candidate if the contexts speak for it, of workers with a drafter in force where there are such."""
         answers = [answer for answer in self._answers.values() if isinstance(answer, Evaluated)]
         tensors = next((answer.tensors for answer in answers if answer.tensors is not None), None)
-        tokens = sum(answer.tokens for answer in answers)
+        judges = [answer for answer in answers if answer.current is not None and answer.tokens] or answers
+        tokens = sum(answer.tokens for answer in judges)
         if tensors is not None and tokens:
-            candidate = sum(answer.candidate * answer.tokens for answer in answers) / tokens
-            current = sum(answer.current * answer.tokens for answer in answers) / tokens
+            candidate = sum(answer.candidate * answer.tokens for answer in judges) / tokens
+            current = sum((answer.current or 0.0) * answer.tokens for answer in judges) / tokens
             compared = f"acceptance {candidate:.3f} against {current:.3f} on {tokens} held-out tokens"
             if candidate > current + self.options.min_gain or "better" not in self._guards:
                 self._publish(tensors)

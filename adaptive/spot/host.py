@@ -60,6 +60,7 @@ class Host:
         self.worker = Worker(name, trainee.bytes, engine.free_bytes)
         self._fetch = fetch
         self._in_force: Tensors | None = None
+        self._until: Callable[[], bool] = lambda: False
         self._idle_since: float | None = None
 
     def receive(self, message: ToWorker) -> list[FromWorker]:
@@ -81,9 +82,9 @@ class Host:
         self._in_force = tensors
         return True
 
-    def run(self, task: Task) -> Done:
-        """Carry a task out. An error of the trainee ends the order, not the worker."""
-        start = time.perf_counter()
+    def run(self, task: Task, until: Callable[[], bool] = lambda: False) -> Done:
+        """Carry a task out; a shadow check, no longer than `until()`. An error of the trainee ends the order, not the worker."""
+        start, self._until = time.perf_counter(), until
         try:
             return self._run(task)
         except Exception as error:
@@ -107,14 +108,14 @@ class Host:
             return Done(state=self.trainee.state() if task.last else None)
         candidate = self.trainee.candidate()
         accepted, tokens = self.trainee.evaluate(candidate, self._needed)
-        current = 0.0
+        current = None
         if self._in_force is not None and not self._needed():
             current = self.trainee.evaluate(self._in_force, self._needed)[0]
         return Done(None, accepted, current, tokens, candidate if task.order.lead else None)
 
     def _needed(self) -> bool:
-        """Whether the task under way is void: the state machine, in another thread, has said so."""
-        return self.worker.status is Status.PREEMPTING
+        """Whether the task under way is void: the state machine has said so, in another thread, or whoever runs it says so."""
+        return self.worker.status is Status.PREEMPTING or self._until()
 
     # --- the clock -------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from rollout_spec.adaptive.spot.messages import (
     RolloutOver,
     Save,
     Say,
+    Status,
     ToCoordinator,
 )
 from rollout_spec.adaptive.spot.protocol import Engine, Trainee, mean
@@ -48,30 +49,41 @@ class LocalSpot:
         self._tell(Found("local"))
 
     def train(self, until: Callable[[], bool]) -> int:
-        """Train until `until()`, which is asked between micro-batches, or there is nothing to do, or work comes.
+        """Train until `until()`, or there is nothing to do, or work comes.
+
+        `until` is asked between micro-batches; a shadow check that it ends is void.
 
         Returns:
             Tasks carried out: micro-batches and shadow checks.
         """
         host, worker = self.host, self.host.worker
+
+        def over() -> bool:
+            return until() or host.engine.busy
+
+        def void() -> bool:
+            if over() and worker.status is not Status.PREEMPTING:
+                self._answer(worker.halt())
+            return worker.status is Status.PREEMPTING
+
         if host.engine.busy:
             return 0
         self._tell(RolloutBegan())
         self._answer(worker.end_work())
         host.idle_from_now()
         done = 0
-        while not until() and not host.engine.busy:
+        while not over():
             task = worker.next_task()
             if task is None:
                 break
-            self._answer(worker.task_done(host.run(task)))
+            self._answer(worker.task_done(host.run(task, void)))
             done += 1
         host.idle_until_now()
         self._tell(RolloutOver())
         return done
 
     def train_for(self, seconds: float) -> int:
-        """Train for that long, and up to one micro-batch longer."""
+        """Train for that long, and up to one micro-batch longer; nothing is published of checks that take longer."""
         end = time.perf_counter() + seconds
         return self.train(lambda: time.perf_counter() >= end)
 

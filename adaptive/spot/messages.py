@@ -101,7 +101,7 @@ class Evaluated:
 
     Attributes:
         candidate: Acceptance of the trained drafter on this worker's held-out contexts.
-        current: Acceptance of the drafter in force on the same contexts; 0 if there is none.
+        current: Acceptance of the drafter in force on the same contexts; None if there is none.
         tokens: How many tokens both were judged on; 0: no contexts here, or the check failed.
         tensors: The candidate, from the worker that was asked for it.
         reason: Why it failed.
@@ -111,7 +111,7 @@ class Evaluated:
     epoch: int
     round: int
     candidate: float
-    current: float
+    current: float | None
     tokens: int
     tensors: Payload | None = None
     reason: str = ""

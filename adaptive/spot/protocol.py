@@ -8,7 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rollout_spec.contracts import RolloutSpecError
+
 Tensors = Mapping[str, Tensor]
+
+
+class SpotError(RolloutSpecError, RuntimeError):
+    """A worker or the coordinator cannot start, is lost again and again, or does not answer; the message says which."""
 
 
 class Trainee(Protocol):
@@ -18,7 +24,7 @@ class Trainee(Protocol):
         """Train on one micro-batch; its loss, or None where there is no data."""
 
     def state(self) -> Tensors:
-        """A copy of all that must be the same on every worker: trainable tensors and the optimizer's moments.
+        """A copy, on the CPU, of all that must be the same on every worker: trainable tensors and the optimizer's moments.
 
         Never the target's tensors. Floating tensors are averaged over workers, others taken from the first.
         """
@@ -27,7 +33,7 @@ class Trainee(Protocol):
         """Take a state over (copied; the tensors are read-only)."""
 
     def candidate(self) -> Tensors:
-        """A copy of the drafter as it would be published."""
+        """A copy of the drafter, on the CPU, as it would be published."""
 
     def evaluate(self, tensors: Tensors, needed: Callable[[], bool]) -> tuple[float, int]:
         """A drafter's acceptance per token on held-out recent contexts, and on how many tokens (0: there are none).

@@ -252,10 +252,16 @@ class SpotCoordinator(_Alive):
             await self.tell(Lost(name))
 
     async def _write(self) -> None:
-        while (checkpoint := self._unsaved) is not None:
-            self._unsaved = None
-            await asyncio.to_thread(write_checkpoint, self._folder, checkpoint)
-        self._writer = None
+        try:
+            while (checkpoint := self._unsaved) is not None:
+                self._unsaved = None
+                try:
+                    await asyncio.to_thread(write_checkpoint, self._folder, checkpoint)
+                except Exception:
+                    what = "the spot trainer's checkpoint of step %d could not be written to %s; the next will be tried"
+                    logger.exception(what, checkpoint.step, self._folder)
+        finally:
+            self._writer = None
 
     def _by_reference(self, message: ToWorker) -> ToWorker:
         """Tensors are put into the object store once, whoever they are sent to."""

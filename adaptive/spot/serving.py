@@ -38,7 +38,7 @@ class ServedEngine:
 
     Args:
         engine: On the torch backend.
-        spec: Shape of the drafters to come; None: that of the one in force.
+        spec: Shape of the drafters to come; None: that of the one in force. A trainee that begins from a checkpoint sets it.
     """
 
     def __init__(self, engine: RolloutEngine, spec: EagleSpec | None = None) -> None:

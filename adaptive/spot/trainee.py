@@ -38,7 +38,7 @@ def usual_config(checkpoint: str = "", kind: Kind = "eagle") -> TrainConfig:
 class DrafterTrainee:
     """Trains on the sequences that `engine` finishes from now on, under the policy in force and the one before.
 
-    One request in `held_out` is never trained on; candidates are judged by those of the newest policy.
+    One request in `held_out` is never trained on; candidates are judged by the latest of those.
 
     Args:
         engine: On the torch backend.
@@ -95,14 +95,24 @@ class DrafterTrainee:
         """On a served engine, from nothing or from a checkpoint folder. `functools.partial` of it makes trainees in Ray.
 
         Args:
-            served: With the spec of the drafter.
+            served: With the spec of the drafter; from a checkpoint, it gets that one's.
             config: How to train; None: `usual_config`.
             checkpoint: Of `rollout-spec drafter train`.
             options: Others of the class.
+
+        Raises:
+            InvalidRequest: There is no spec, or it is of another kind than the checkpoint.
+            CheckpointError: See `read_checkpoint`.
         """
         engine = served.engine
         if checkpoint:
             module = read_checkpoint(checkpoint).module()
+            kind = module.spec.kind
+            if served.spec is not None and served.spec.kind != kind:
+                raise invalid(
+                    "kind", served.spec.kind, f"{checkpoint} holds a drafter of kind {kind!r}; use that kind"
+                )
+            served.spec = module.spec
         elif served.spec is None:
             raise invalid("spec", None, "give the served engine the EagleSpec of the drafter to train")
         else:
@@ -148,8 +158,8 @@ class DrafterTrainee:
         return True
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and moments."""
-        return {name: tensor.detach().clone() for name, tensor in self.trainer.tensors().items()}
+        """Weights and moments, on the CPU."""
+        return _on_host(self.trainer.tensors())
 
     def load(self, state: Tensors) -> None:
         """Take a state over."""
@@ -157,8 +167,8 @@ class DrafterTrainee:
         self._new = False
 
     def candidate(self) -> dict[str, Tensor]:
-        """The drafter by its checkpoint names, with averaged weights if the training keeps them."""
-        return {name: tensor.detach().clone() for name, tensor in self.trainer.averaged().items()}
+        """The drafter by its checkpoint names, on the CPU, with averaged weights if the training keeps them."""
+        return _on_host(self.trainer.averaged())
 
     def evaluate(self, tensors: Tensors, needed: Callable[[], bool] = lambda: False) -> tuple[float, int]:
         """Share of drafts accepted, at the length trained for, on the newest held-out episodes."""
@@ -190,3 +200,8 @@ class DrafterTrainee:
         version = self._engine.backend.weights.version
         if version != self._version:
             self.trainer.target, self._version = self._lent(), version
+
+
+def _on_host(tensors: Tensors) -> dict[str, Tensor]:
+    """Copies for a coordinator, which may have no accelerator."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

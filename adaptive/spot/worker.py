@@ -61,7 +61,7 @@ class Done:
 
     state: Payload | None = None
     candidate: float = 0.0
-    current: float = 0.0
+    current: float | None = None
     tokens: int = 0
     tensors: Payload | None = None
     reason: str = ""

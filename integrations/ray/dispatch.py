@@ -6,6 +6,7 @@ cache entries and draft from each other's text.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -56,21 +57,35 @@ class Group:
 
 
 class Lengths:
-    """Output lengths seen, in tokens: mean and longest of each prompt's last group."""
+    """Output lengths seen, in tokens: mean and longest of each prompt's last group.
 
-    def __init__(self) -> None:
-        self._seen: dict[tuple[int, ...], tuple[float, float]] = {}
+    Args:
+        capacity: Prompts remembered, by their hashes; beyond it the one seen longest ago is forgotten.
+    """
+
+    def __init__(self, capacity: int = 1 << 17) -> None:
+        self._capacity = capacity
+        self._seen: OrderedDict[int, tuple[float, int]] = OrderedDict()  # seen longest ago first
+        self._mean, self._longest = 0.0, 0  # sums over them
 
     def saw(self, prompt: tuple[int, ...], completions: Sequence[Completion]) -> None:
         lengths = [len(completion.token_ids) for completion in completions]
-        self._seen[prompt] = (sum(lengths) / len(lengths), max(lengths))
+        key = hash(prompt)
+        self._forget(self._seen.pop(key, (0.0, 0)))
+        self._seen[key] = mean, longest = sum(lengths) / len(lengths), max(lengths)
+        self._mean, self._longest = self._mean + mean, self._longest + longest
+        if len(self._seen) > self._capacity:
+            self._forget(self._seen.popitem(last=False)[1])
 
     def expected(self, prompt: tuple[int, ...]) -> tuple[float, float]:
-        """Mean and longest for this prompt; for one not seen, the average prompt's."""
-        if prompt in self._seen or not self._seen:
-            return self._seen.get(prompt, (UNKNOWN, UNKNOWN))
-        mean, longest = (sum(column) / len(column) for column in zip(*self._seen.values()))
-        return mean, longest
+        """Mean and longest for this prompt; for one not known, the average prompt's."""
+        if not self._seen:
+            return UNKNOWN, UNKNOWN
+        count = len(self._seen)
+        return self._seen.get(hash(prompt), (self._mean / count, self._longest / count))
+
+    def _forget(self, lengths: tuple[float, int]) -> None:
+        self._mean, self._longest = self._mean - lengths[0], self._longest - lengths[1]
 
 
 def group_siblings(requests: Sequence[Request], lengths: Lengths) -> list[Group]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,14 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 from torch import Tensor
 
 from rollout_spec.config import EngineConfig
-from rollout_spec.contracts import Completion, RolloutSpecError, SamplingParams, SpecCounts, invalid
+from rollout_spec.contracts import (
+    Completion,
+    RolloutSpecError,
+    SamplingParams,
+    SpecCounts,
+    WeightError,
+    invalid,
+)
 from rollout_spec.engine import EngineStats, RolloutEngine
 from rollout_spec.integrations.ray.dispatch import (
     LOSSES,
@@ -36,6 +44,7 @@ from rollout_spec.requests import Prompt, RequestReader
 from rollout_spec.sampling.noise import fold
 
 LOST = (RayActorError, ObjectLostError)
+GONE = (*LOST, PoolError)  # or silent
 
 
 class EngineActor:
@@ -74,7 +83,7 @@ class PoolReport:
     Attributes:
         version: Policy version in force.
         exactness: The lowest level among the engines; at E2 a replay is bitwise the same.
-        replaced: Engines that were lost and replaced.
+        replaced: Engines that were replaced: lost, silent, or with an update that another one could not take.
         replayed: Samples that were started again because their engine was lost.
         spec: Speculation counts, summed over the engines.
         engines: Each engine's own statistics; a replacement's start from zero.
@@ -186,23 +195,32 @@ class EnginePool:
         """Give every engine a complete set of `(name, tensor)` pairs; seconds that the slowest took.
 
         They are put into Ray's object store once, whatever the number of engines, and kept there for replacements.
-        An update waits for the rollout in progress: no sample is of two policies.
+        An update waits for the rollout in progress: no sample is of two policies. If it fails anywhere, the old weights
+        stay in force everywhere: engines that may have taken it are started again from them.
 
         Raises:
-            WeightError: Something does not fit; the old weights stay in force.
+            WeightError: Something does not fit; all engines refuse it.
         """
         with self._lock:
             self._check_open()
-            before = self._weights, self._version
-            self._version = self._version + 1 if version is None else version
-            self._weights = ray.put({name: tensor.detach().cpu() for name, tensor in weights})
+            now = self._version + 1 if version is None else version
+            stored = ray.put({name: tensor.detach().cpu() for name, tensor in weights})
+            everyone = range(len(self._actors))
             try:
-                seconds = self._ask(range(len(self._actors)), "update_weights", self._weights, self._version)
+                answers = self._answers(everyone, "update_weights", stored, now)
             except BaseException:
-                self._weights, self._version = before
+                self._restart(everyone)
                 raise
+            errors = {engine: answer for engine, answer in answers.items() if isinstance(answer, Exception)}
+            failed = [error for error in errors.values() if not isinstance(error, GONE)]
+            if failed:
+                self._restart(e for e in everyone if not isinstance(errors.get(e), WeightError))
+                raise failed[0]
+            self._weights, self._version = stored, now
+            for engine, error in errors.items():
+                self._replace(engine, {}, error)
             self._submitted.clear()
-            return max(seconds, default=0.0)
+            return max((answer for engine, answer in answers.items() if engine not in errors), default=0.0)
 
     def report(self) -> PoolReport:
         """What the engines say, and what had to be mended."""
@@ -273,16 +291,34 @@ class EnginePool:
                 raise PoolError(f"{lost}; look at their logs for the reason, often memory") from error
         return groups
 
+    def _restart(self, engines: Iterable[int]) -> None:
+        """Have them start again from the weights in force."""
+        for engine in engines:
+            ray.kill(self._actors[engine])
+            self._actors[engine] = self._start()
+            self._replaced += 1
+
+    def _answers(self, engines: Iterable[int], method: str, *arguments: Any) -> dict[int, Any]:
+        """What each of these engines answers, or the error that comes instead; they have `timeout` together."""
+        refs = {engine: getattr(self._actors[engine], method).remote(*arguments) for engine in engines}
+        end = time.monotonic() + self.timeout
+        answers: dict[int, Any] = {}
+        for engine, ref in refs.items():
+            try:
+                answers[engine] = _get(ref, self.timeout, end)
+            except Exception as error:  # noqa: PERF203
+                answers[engine] = error
+        return answers
+
     def _ask(self, engines: Iterable[int], method: str, *arguments: Any) -> list[Any]:
         """What these engines answer; one that is lost, or does not answer in time, is replaced instead."""
-        refs = [(engine, getattr(self._actors[engine], method).remote(*arguments)) for engine in engines]
-        answers = []
-        for engine, ref in refs:
-            try:
-                answers.append(_get(ref, self.timeout))
-            except (*LOST, PoolError) as error:  # noqa: PERF203
-                self._replace(engine, {}, error)
-        return answers
+        answers = self._answers(engines, method, *arguments)
+        for engine, answer in answers.items():
+            if isinstance(answer, GONE):
+                self._replace(engine, {}, answer)
+            elif isinstance(answer, Exception):
+                raise answer
+        return [answer for answer in answers.values() if not isinstance(answer, Exception)]
 
     def _ask_all(self, method: str) -> list[Any]:
         for _ in range(LOSSES):
@@ -294,10 +330,10 @@ class EnginePool:
         )
 
 
-def _get(ref: Any, seconds: float) -> Any:
-    """Ray's answer; an error of this package comes as itself."""
+def _get(ref: Any, seconds: float, end: float | None = None) -> Any:
+    """Ray's answer, within so long or until `end`, by `time.monotonic`; an error of this package comes as itself."""
     try:
-        return ray.get(ref, timeout=seconds)
+        return ray.get(ref, timeout=seconds if end is None else max(0.0, end - time.monotonic()))
     except RayTaskError as error:
         if isinstance(error.cause, RolloutSpecError):
             raise error.cause from None

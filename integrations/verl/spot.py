@@ -29,12 +29,14 @@ class SpotTraining:
 
     Attributes:
         kind: Of the drafter, see `EagleSpec`.
-        checkpoint: Folder of `rollout-spec drafter train` to begin from; empty: from random weights.
-        learning_rate: Of AdamW; None: a third of that of the checkpoint's training, or `TrainConfig`'s own.
+        checkpoint: Folder of `rollout-spec drafter train` to begin from. Empty: kind `eagle` begins as the target's last
+            layer, `eagle3` from random weights.
+        learning_rate: Of AdamW. None: a third of that of the checkpoint's training; without one 2.5e-4, relative to the
+            scale of each matrix, for `eagle`, and `TrainConfig`'s own for `eagle3`. See `usual_config`.
         batch_tokens: Of a micro-batch; a request waits for one at most.
         buffer_bytes: Of the answers kept to train on.
         publish_every: Rounds of 8 micro-batches between two looks whether to publish.
-        seed: Of initial weights and draws.
+        seed: Of random initial weights and of draws.
     """
 
     kind: Literal["eagle", "eagle3"] = "eagle"

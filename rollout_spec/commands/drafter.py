@@ -31,7 +31,7 @@ from rollout_spec.adaptive.offline import (
 )
 from rollout_spec.adaptive.packing import EpisodeBatches
 from rollout_spec.adaptive.trainer import StepMetrics, TrainConfig
-from rollout_spec.adaptive.vocabulary import choose_draft_tokens
+from rollout_spec.adaptive.vocabulary import choose_draft_tokens, token_counts
 from rollout_spec.contracts import SamplingParams, invalid
 from rollout_spec.drafters.eagle_spec import KINDS, EagleSpec
 from rollout_spec.engine import RolloutEngine
@@ -174,13 +174,11 @@ def train_command(
     completions = engine.generate(texts, SamplingParams(n=n, max_tokens=max_tokens, seed=seed))
     clock["rollouts"] = time.perf_counter() - began
     began = time.perf_counter()
-    tokens = None
+    tokens, episodes = None, episodes_of(target, spec, completions)
     if coverage is not None:
-        drawn = torch.tensor([token for c in completions for token in c.token_ids])
-        tokens = choose_draft_tokens(torch.bincount(drawn, minlength=spec.vocab_size), coverage)
+        tokens = choose_draft_tokens(token_counts(episodes, spec.vocab_size), coverage)
         if tokens is not None:
             spec = EagleSpec.for_target(engine.backend.spec, kind, draft_vocab_size=len(tokens))
-    episodes = episodes_of(target, spec, completions)
     held_out, taught = episodes[: held * n], episodes[held * n :]
     trainer = new_trainer(target, spec, config, tokens, [episode.tokens for episode in taught])
     clock["features"] = time.perf_counter() - began

@@ -58,12 +58,19 @@ class Kernels:
         variant: Which instructions it was built for.
         build: The variant with a digest of sources, flags and libraries.
         library: The functions themselves.
+
+    Raises:
+        Unavailable: The file cannot be loaded.
     """
 
     def __init__(self, path: Path, variant: str) -> None:
         self.variant, self.build = variant, path.stem
         self._memory = WeightMemory()
-        self.library = library = ctypes.CDLL(str(path))
+        try:
+            self.library = library = ctypes.CDLL(str(path))
+        except OSError as error:  # a folder that nothing may run from, or half a file
+            remedy = "delete it, or set ROLLOUT_SPEC_CACHE to a folder that libraries may be loaded from"
+            raise Unavailable(f"{path} cannot be loaded ({error}); {remedy}") from error
         for name, (arguments, result) in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, result

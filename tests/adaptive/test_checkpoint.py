@@ -69,6 +69,16 @@ def test_the_newest_are_kept(trainer, tmp_path):
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_just_written_stays_beside_those_of_a_longer_run(trainer, tmp_path, keep):
+    saver = Checkpointer(tmp_path, keep=keep)
+    for steps in (800, 900, 1, 2):
+        trainer.steps_done = steps
+        assert (saver.save(trainer).result() / RECORD).exists()
+    kept = ["step-00000002", "step-00000900"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == kept[:keep]
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, RECORD])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered"])
 def test_a_damaged_file_is_named(trainer, tmp_path, name, damage):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rollout_spec.adaptive import acceptance
 from rollout_spec.adaptive.checkpoint import Checkpointer, read_checkpoint
 from rollout_spec.adaptive.losses import Objective
 from rollout_spec.adaptive.packing import EpisodeBatches
@@ -141,20 +142,30 @@ def test_another_training_takes_the_average_over():
     assert all(torch.equal(tensor, theirs.averaged()[name]) for name, tensor in ours.averaged().items())
 
 
+def test_moments_that_were_never_stepped_lie_with_their_parameters():
+    module, tensors = make_module(make_target(), "eagle")
+    trainer = DrafterTrainer(module.to("meta"), tensors, CONFIG)
+    assert {tensor.device.type for tensor in trainer.tensors().values()} == {"meta"}
+
+
+def test_acceptance_is_measured_where_the_drafter_is(monkeypatch):
+    class Packed(Exception):
+        pass
+
+    def steps(module, target, batch, count):
+        raise Packed({tensor.device.type for tensor in vars(batch).values()})
+
+    monkeypatch.setattr(acceptance, "_steps", steps)
+    module, tensors = make_module(make_target(), "eagle")
+    with pytest.raises(Packed, match="meta"):
+        acceptance.measure(module.to("meta"), tensors, make_episodes(module.spec))
+
+
 def test_resuming_with_another_configuration_is_refused():
     trainer = make_trainer()
     other = make_trainer(config=replace(CONFIG, learning_rate=1e-4))
     with pytest.raises(InvalidRequest, match="learning_rate"):
         other.load_state_dict(trainer.state_dict())
-
-
-def test_workers_average_their_gradients():
-    trainer, alone = make_trainer(), make_trainer()
-    episodes = make_episodes(trainer.module.spec)
-    trainer.step(episodes, reduce=lambda gradients: [g.zero_() for g in gradients] and None)
-    alone.step(episodes)
-    start = make_trainer().module.fc.weight
-    assert torch.equal(trainer.module.fc.weight, start) and not torch.equal(alone.module.fc.weight, start)
 
 
 def test_a_gradient_that_is_not_finite_updates_nothing():

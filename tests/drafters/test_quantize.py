@@ -357,16 +357,6 @@ def test_choose_follows_the_formula_and_uses_draft_rows_for_the_drafter():
     assert choose(TIMINGS[::-1], 4) == choice
 
 
-def test_choose_counts_overhead_and_requantization():
-    plain = choose(TIMINGS, 4).gains["nf4"]
-    assert choose(TIMINGS, 4, other_microseconds=100).gains["nf4"] < plain
-    tau = expected_tau(0.96, 4)
-    # 1 s of requantization over 1e4 target passes is 100 us per pass, tau of which one round replaces.
-    assert choose(TIMINGS, 4, passes_per_update=1e4).gains["nf4"] == pytest.approx(
-        tau * 100 / (220 + 100 * tau)
-    )
-
-
 def test_choose_none_when_nothing_pays():
     slow = [t if t.name == "dense" else replace(t, microseconds=99.0) for t in TIMINGS]
     assert choose(slow, 4).name == "none"

@@ -138,6 +138,14 @@ def test_without_them_stock_layers_are_used_and_one_line_says_so(cache, monkeypa
     ]
 
 
+def test_a_library_that_cannot_be_loaded_is_named_and_done_without(cache, compiler, caplog, afresh):
+    compiler()  # what it writes is no library
+    with caplog.at_level(logging.WARNING, "rollout_spec"):
+        assert library.kernels() is None
+    (record,) = caplog.records
+    assert str(cache) in record.getMessage() and "set ROLLOUT_SPEC_CACHE" in record.getMessage()
+
+
 ENGINE = """
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from rollout_spec import RolloutEngine, SamplingParams

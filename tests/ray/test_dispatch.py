@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from rollout_spec.contracts import Completion, FinishReason, SamplingParams
 from rollout_spec.integrations.ray.dispatch import UNKNOWN, Group, Lengths, Request, group_siblings, place
 
@@ -41,6 +43,27 @@ def test_only_the_last_lengths_of_a_prompt_count() -> None:
     lengths.saw((1,), [completion(500)])
     lengths.saw((1,), [completion(20)])
     assert lengths.expected((1,)) == (20, 20)
+
+
+def test_what_was_seen_longest_ago_is_forgotten() -> None:
+    lengths = Lengths(capacity=2)
+    for prompt, length in ((1, 100), (2, 30), (1, 50), (3, 10)):
+        lengths.saw((prompt,), [completion(length)])
+    assert lengths.expected((1,)) == (50, 50) and lengths.expected((3,)) == (10, 10)
+    assert lengths.expected((2,)) == lengths.expected((9,)) == (30, 30), "the average of those known"
+
+
+def test_the_average_is_that_of_what_is_known_at_any_time() -> None:
+    lengths, known = Lengths(capacity=8), dict[int, tuple[int, int]]()
+    for turn in range(200):
+        prompt, pair = turn * 7 % 13, (1 + turn % 5, 20 + turn % 31)
+        lengths.saw((prompt,), [completion(length) for length in pair])
+        known.pop(prompt, None)
+        known[prompt] = pair
+        if len(known) > 8:
+            del known[next(iter(known))]
+        mean = sum(map(sum, known.values())) / 2 / len(known)
+        assert lengths.expected((-1,)) == pytest.approx((mean, sum(map(max, known.values())) / len(known)))
 
 
 def test_a_limit_bounds_what_is_expected() -> None:

@@ -66,24 +66,16 @@ def expected_tau(alpha: float, draft_length: int) -> float:
     return sum(alpha**i for i in range(draft_length + 1))
 
 
-def choose(
-    timings: Sequence[Timing],
-    draft_length: int,
-    other_microseconds: float = 0.0,
-    passes_per_update: float = math.inf,
-) -> Choice:
+def choose(timings: Sequence[Timing], draft_length: int) -> Choice:
     """The kind with the largest expected gain of one speculative round over plain decoding.
 
-    gain = tau T_T / (K T_D + T_V + Q), with tau from `ACCEPTANCE_PRIOR`, T_T and T_D the `dense` and the
-    kind's time at the fewest rows timed, T_V the `dense` time at the most rows, and Q the requantization time
-    per round. Time the rows of one draft step (B) and of one verification (B (K + 1)).
+    gain = tau T_T / (K T_D + T_V), with tau from `ACCEPTANCE_PRIOR`, T_T and T_D the `dense` and the kind's
+    time at the fewest rows timed, and T_V the `dense` time at the most rows. Time the rows of one draft step
+    (B) and of one verification (B (K + 1)).
 
     Args:
         timings: From `time_quantizers`; must include `dense`.
         draft_length: K.
-        other_microseconds: A pass's time outside the linears, added to T_T, T_D and T_V.
-        passes_per_update: Target passes plain decoding would make between two weight updates; spreads the
-            requantization over them. Infinite ignores it.
     """
     by_name: dict[str, list[Timing]] = {}
     for timing in sorted(timings, key=lambda t: t.rows):
@@ -91,13 +83,11 @@ def choose(
     if "dense" not in by_name:
         raise ValueError("choose needs the timings of 'dense', the target's own linears")
     dense = by_name.pop("dense")
-    target, verify = (t.microseconds + other_microseconds for t in (dense[0], dense[-1]))
+    target, verify = dense[0].microseconds, dense[-1].microseconds
     gains = {}
     for name, (first, *_) in by_name.items():
         tau = expected_tau(ACCEPTANCE_PRIOR[first.bits], draft_length)
-        requantize = 1e6 * first.requantize_seconds_per_GB * first.weight_gigabytes * tau / passes_per_update
-        draft = first.microseconds + other_microseconds
-        gains[name] = tau * target / (draft_length * draft + verify + requantize)
+        gains[name] = tau * target / (draft_length * first.microseconds + verify)
     best = max(gains, key=gains.__getitem__, default="none")
     return Choice(best if gains.get(best, 0.0) > 1.0 else "none", gains)
 

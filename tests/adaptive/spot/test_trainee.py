@@ -96,6 +96,14 @@ def test_only_the_drafters_own_tensors_are_sent() -> None:
     assert {name.split("/")[0] for name in trainee.state()} == {"weights", "moments", "average"}
 
 
+@pytest.mark.parametrize(("sent", "kept"), [("state", "tensors"), ("candidate", "averaged")])
+def test_what_is_sent_is_on_the_host(sent: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, trainee = make()
+    monkeypatch.setattr(trainee.trainer, kept, lambda: {"w": torch.zeros(1, device="meta")})
+    with pytest.raises(NotImplementedError, match="copy out of meta"):  # it is tried
+        getattr(trainee, sent)()
+
+
 def test_held_out_requests_are_never_trained_on() -> None:
     served, trainee = make()
     roll_out(served)
@@ -179,15 +187,45 @@ def test_requests_named_alike_are_not_all_held_out_or_all_taught() -> None:
     assert 16 < len(trainee.judged) < 48 and len(trainee.taught) + len(trainee.judged) == 64
 
 
+def save(root: Path, trainer: DrafterTrainer) -> str:
+    saver = Checkpointer(root)
+    folder = str(saver.save(trainer).result())
+    saver.close()
+    return folder
+
+
+@pytest.mark.parametrize("options", [{"draft_vocab_size": 32}, {"feature_layers": [2, 3]}])
+def test_from_a_checkpoint_drafters_of_its_shape_are_published(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    served, trainee = make("eagle3")
+    spec = make_spec(served.engine, "eagle3", **options)
+    tokens = torch.arange(spec.draft_vocab_size) if spec.own_head else None
+    folder = save(tmp_path, DrafterTrainer(EagleModule(spec, tokens), trainee.trainer.target, CONFIG))
+    served = ServedEngine(make_engine(make_model()), make_spec(served.engine, "eagle3"))
+    begun = DrafterTrainee.begin(served, CONFIG, folder)
+    assert served.spec == begun.trainer.module.spec == spec
+    served.publish(begun.candidate(), 1)
+    assert served.engine.stats().adaptive == 1
+
+
+def test_a_kind_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    served, trainee = make("eagle3")
+    folder = save(tmp_path, trainee.trainer)
+    with pytest.raises(InvalidRequest, match=r"kind='eagle': .* holds a drafter of kind 'eagle3'"):
+        DrafterTrainee.begin(ServedEngine(served.engine, make_spec(served.engine)), CONFIG, folder)
+    assert (
+        DrafterTrainee.begin(ServedEngine(served.engine), CONFIG, folder).trainer.module.spec == served.spec
+    )
+
+
 def test_from_a_checkpoint_it_goes_on_as_that_was_trained(tmp_path: Path) -> None:
     served, trainee = make()
     roll_out(served)
     trained = DrafterTrainer(
         trainee.trainer.module, trainee.trainer.target, replace(CONFIG, total_steps=9, relative_rate=True)
     )
-    saver = Checkpointer(tmp_path)
-    folder = str(saver.save(trained).result())
-    saver.close()
+    folder = save(tmp_path, trained)
     config = DrafterTrainee.begin(served, checkpoint=folder).trainer.config
     assert config == trained.config.without_end() and config.relative_rate and config.total_steps is None
     assert usual_config().start == "layer" and usual_config(kind="eagle3") == TrainConfig()
