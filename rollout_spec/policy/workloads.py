@@ -170,7 +170,7 @@ def from_lengths(
 def acceptance_of(shares: np.ndarray | float, K: int) -> np.ndarray:
     """Acceptance alpha of a token where `shares` of the tokens of drafts of K are accepted: alpha + ... + alpha^K is that."""
     grid = np.linspace(0.0, 1.0, 1001)
-    return np.interp(shares, (grid[:, None] ** np.arange(1, K + 1)).mean(axis=1), grid)
+    return np.asarray(np.interp(shares, (grid[:, None] ** np.arange(1, K + 1)).mean(axis=1), grid))
 
 
 def from_trace(trace: Trace, alpha: float | None = None) -> Workload:
