@@ -59,8 +59,31 @@ def why_no_history(vllm_config: Any, options: SpeculationConfig) -> str | None:
     return None
 
 
-def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPolicy:
-    """Fixed draft lengths if the configuration says so, else decisions from measured costs."""
+def draft_lengths(vllm_config: Any, captured: Sequence[int] | None) -> Sequence[int]:
+    """K that can be drafted.
+
+    vLLM carries out any K at any batch size. With a table of K its V2 runner has full graphs of those in `captured`
+    alone, the table's K by batch size up to `max_num_seqs` (None without a table); so there K is one of these, if one
+    of them drafts. Its V1 runner has no full graphs then.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return [0]
+    longest = speculative.num_speculative_tokens
+    if captured is None:
+        return range(longest + 1)
+    if vllm_config.use_v2_model_runner and not vllm_config.model_config.enforce_eager and any(captured):
+        return captured
+    return [min(k, longest) for *_, k in speculative.num_speculative_tokens_per_batch_size]
+
+
+def choose_policy(
+    vllm_config: Any, options: SpeculationConfig, lengths: Sequence[int] | None = None
+) -> SpeculationPolicy:
+    """Fixed draft lengths if the configuration says so, else decisions from measured costs.
+
+    `lengths` are those that can be drafted; None: all.
+    """
     name = drafter_name(vllm_config)
     if name is None:
         return Off()
@@ -93,7 +116,7 @@ def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPo
 
     timings = found.timings if found is not None else ()
     return SelfCalibrating(
-        name, make, longest, timings, keep, drafts_late(vllm_config), kv_share(vllm_config)
+        name, make, longest, timings, keep, drafts_late(vllm_config), kv_share(vllm_config), lengths
     )
 
 

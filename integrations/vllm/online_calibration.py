@@ -75,6 +75,7 @@ class SelfCalibrating:
         keep: Called with all timings when there are new ones.
         late: Whether drafts fall into the time of the step that verifies them.
         kv_share: See `fit`: the context of the first steps grows with their number and with the batch, not by itself.
+        lengths: K that can be drafted; None: all up to `longest`.
 
     Attributes:
         policy: Decides where costs are known; None before any are.
@@ -90,12 +91,13 @@ class SelfCalibrating:
         keep: Callable[[Sequence[PassTiming]], None] = lambda timings: None,
         late: bool = False,
         kv_share: float | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.drafter, self._make, self._keep, self.late = drafter, make, keep, late
         self._kv_share = kv_share
         self.dropping = False
         self._pattern = _LATE_PATTERN if late else _PATTERN
-        self._longest = longest
+        self._lengths = sorted({x for x in (lengths or range(longest + 1)) if 0 < x <= longest}) or [longest]
         self.timings = list(timings)
         self.policy = make(fit(self.timings, kv_share=kv_share)) if self.timings else None
         self._known = {x.batch.bit_length() for x in self.timings if x.kind == drafter}
@@ -151,7 +153,9 @@ class SelfCalibrating:
             self.policy.forget(slots)
 
     def _length(self, batch: int) -> int:
-        return max(1, min(LENGTH, self._longest, MOST_ROWS // batch - 1))
+        """The longest of the lengths there are that is short enough, else the shortest."""
+        most = min(LENGTH, MOST_ROWS // batch - 1)
+        return max((x for x in self._lengths if x <= most), default=self._lengths[0])
 
     def _learn(self, bucket: int) -> None:
         """Turn the steps of a bucket into timings; it stays unknown while a kind of step is missing."""

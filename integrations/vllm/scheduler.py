@@ -21,6 +21,7 @@ from vllm.v1.request import RequestStatus
 from rollout_spec.contracts import invalid
 from rollout_spec.integrations.vllm.choose_policy import (
     choose_policy,
+    draft_lengths,
     drafter_name,
     drafts_late,
     why_no_history,
@@ -84,9 +85,8 @@ class PolicyScheduler(Scheduler):
         for path, why in given_up_by(vllm_config).items():
             logger.warning("no %s: %s", path, why)
         super().__init__(vllm_config, *args, **kwargs)
-        lengths: Sequence[int] = range(self.num_spec_tokens + 1)
-        if self.dynamic_sd_lookup is not None:  # those that vLLM captured graphs for
-            lengths = self.dynamic_sd_lookup[1:]
+        captured = None if self.dynamic_sd_lookup is None else self.dynamic_sd_lookup[1:]
+        lengths = draft_lengths(vllm_config, captured)
         without_history = why_no_history(vllm_config, options)
         self._history = RequestHistory(options.history_tokens) if without_history is None else None
         if options.history and without_history is not None:
@@ -94,7 +94,7 @@ class PolicyScheduler(Scheduler):
         # Not None, so that vLLM does not pad new requests with placeholders for a K that is not decided here.
         self.dynamic_sd_lookup = [0] * (self.scheduler_config.max_num_seqs + 1)
         self.decisions = Decisions(
-            choose_policy(vllm_config, options),
+            choose_policy(vllm_config, options, lengths),
             drafter_name(vllm_config),
             lengths,
             0.0 if speculative is None or "ngram" in speculative.method else options.canary_min_acceptance,

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from always_history import AlwaysHistory
 
+from rollout_spec.config import SpeculationConfig
 from rollout_spec.integrations.vllm import decisions as decisions_module
+from rollout_spec.integrations.vllm.arguments import _graph_table
+from rollout_spec.integrations.vllm.choose_policy import draft_lengths
 from rollout_spec.integrations.vllm.decisions import WATCH_TOKENS, Decision, Decisions, Ended, Live, Verified
 from rollout_spec.integrations.vllm.online_calibration import LATE_STEPS, STEPS, SelfCalibrating, StepTiming
 from rollout_spec.policy.automatic import AutomaticPolicy
@@ -368,6 +371,44 @@ def test_each_range_of_batches_is_measured_once_and_kept() -> None:
     again = SelfCalibrating("nf4", make, 8, calibrating.timings)
     assert Reason.EXPLORE not in {again.plan(state(5)).reason for _ in range(3)}
     assert again.plan(state(200)).reason == Reason.EXPLORE
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("longest", [2, 16])
+@pytest.mark.parametrize("most", [1, 2, 4, 64])
+def test_costs_are_measured_however_few_sequences_there_may_be(most: int, longest: int, v2: bool) -> None:
+    """vLLM looks K up by batch size and so sees the first `max_num_seqs` rows of its table; the policy sees enough."""
+    arguments = _graph_table(SpeculationConfig(longest_draft=longest))
+    captured = ([k for *_, k in arguments] + [0] * most)[:most]
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=longest, num_speculative_tokens_per_batch_size=arguments
+        ),
+        use_v2_model_runner=v2,
+        model_config=SimpleNamespace(enforce_eager=False),
+    )
+    lengths = draft_lengths(config, captured)
+    assert 0 in captured and (not v2 or most == 1 or set(lengths) == set(captured))
+    calibrating = SelfCalibrating("nf4", make, longest, lengths=lengths)
+    run(Decisions(calibrating, "nf4", lengths), 1, STEPS + 5)
+    assert calibrating.policy is not None
+    assert {x.rows for x in calibrating.timings if x.kind == TARGET} == {1, 1 + min(longest, 4)}
+
+
+def test_costs_are_measured_with_a_length_that_there_is() -> None:
+    """A table of one's own may have none that is as short as the usual one."""
+    lengths = draft_lengths(
+        SimpleNamespace(
+            speculative_config=SimpleNamespace(
+                num_speculative_tokens=8, num_speculative_tokens_per_batch_size=[[1, 4, 6], [5, 8, 0]]
+            ),
+            use_v2_model_runner=False,
+        ),
+        [6] * 4,
+    )
+    calibrating = SelfCalibrating("nf4", make, 8, lengths=lengths)
+    run(Decisions(calibrating, "nf4", lengths), 1, STEPS + 5)
+    assert {x.rows for x in calibrating.timings if x.kind == TARGET} == {1, 7}
 
 
 def state(batch: int, drafters: tuple[str, ...] = ("nf4",)) -> StepState:

@@ -244,7 +244,7 @@ def test_arguments_switch_everything_on() -> None:
     lengths = [
         k for *_, k in llm_arguments("a/model")["speculative_config"]["num_speculative_tokens_per_batch_size"]
     ]
-    assert lengths == [16, 12, 8, 6, 4, 3, 2, 1, 0]
+    assert lengths == [0, 4, 8, 2, 1, 6, 12, 3, 16, 0]
     with pytest.raises(InvalidRequest, match="unknown option"):
         llm_arguments("a/model", {"drafters": "nf4"})
 

@@ -111,6 +111,17 @@ def test_the_policy_runs_over_other_drafters(tmp_path: Path) -> None:
     assert result["drafted"][0] == result["drafted"][1] > 20
 
 
+def test_one_sequence_at_a_time(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's table of K by batch size has one entry then; costs are measured and drafts verified all the same."""
+    monkeypatch.setenv("ROLLOUT_SPEC_CACHE", str(tmp_path))
+    engine = engines(**llm_arguments(POLICY, {"drafter": DRAFTER, "history": False}), max_num_seqs=1)
+    drafted, _ = engine.counters()
+    engine.generate(prompts(1), 120)
+    policy = engine.scheduler.decisions.policy
+    assert isinstance(policy, SelfCalibrating) and {x.batch for x in policy.timings} == {1}
+    assert engine.counters()[0] > drafted
+
+
 def test_plain_decoding_without_a_drafter(engines: Engines) -> None:
     engine = engines(additional_config={KEY: {}}, scheduler_cls=SCHEDULER)
     assert engine.scheduler.decisions.drafter is None
