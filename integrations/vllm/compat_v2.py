@@ -75,7 +75,8 @@ def watch_proposing(
     """What `compat_worker.watch_drafting` is for the V1 runner.
 
     This runner has promised the scheduler its drafts before it asks for them, so where nothing may be drafted it gets
-    guesses. Speculators without a model (n-grams) have nothing that could be stale or fail, and are asked as ever.
+    guesses. vLLM's own speculators run their models at `K = 0` too, and are not asked then either. Those without a
+    model (n-grams) have nothing that could be stale or fail, and are asked as ever.
     """
     speculator = runner.speculator
     if getattr(speculator.propose, "rollout_spec", False):
@@ -95,7 +96,7 @@ def watch_proposing(
     @functools.wraps(propose)
     def watched(input_batch: Any, *args: Any, **options: Any) -> Any:
         count = options.get("num_speculative_tokens")
-        if not guesses or count == 0 or options.get("dummy_run"):
+        if not guesses or options.get("dummy_run"):
             return propose(input_batch, *args, **options)
         if allowed():
             try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -95,18 +95,23 @@ def _tapped(propose: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def tapped(self: Any, *args: Any, **options: Any) -> Tensor:
         if _callbacks:
-            given = signature.bind(self, *args, **options).arguments
-            offer(
-                self.rollout_spec_runner,
-                given["target_token_ids"],
-                given["target_positions"],
-                given["target_hidden_states"],
-                given["common_attn_metadata"],
-                given.get("num_rejected_tokens_gpu"),
-            )
+            show(self.rollout_spec_runner, signature.bind(self, *args, **options).arguments)
         return propose(self, *args, **options)
 
     return tapped
+
+
+def show(runner: Any, given: Mapping[str, Any]) -> None:
+    """Give the callbacks what a proposer was `given`, by name; one that reads no hidden states has nothing for them."""
+    if _callbacks and "target_hidden_states" in given and "common_attn_metadata" in given:
+        offer(
+            runner,
+            given["target_token_ids"],
+            given["target_positions"],
+            given["target_hidden_states"],
+            given["common_attn_metadata"],
+            given.get("num_rejected_tokens_gpu"),
+        )
 
 
 def offer(

@@ -314,6 +314,22 @@ WEIGHTS = (
         ("embedding_dim", "shard_indices"),
         why="rows that pad the vocabulary are never sent",
     ),
+    touch(
+        "weights",
+        _RUNNER,
+        (
+            "drafter",
+            "input_batch",
+            "propose_draft_token_ids",
+            "speculative_config",
+            "use_async_scheduling",
+            "_draft_prob_req_ids",
+            "_draft_probs",
+        ),
+        why="a drafter that may not draft, or raised, leaves what the next step needs",
+    ),
+    touch("weights", _PROPOSER, ("propose", "_last_draft_probs"), why="wrapped: a drafter that raises is stopped"),
+    touch("weights", "vllm.v1.worker.gpu_input_batch:InputBatch", ("num_reqs",), why="rows of no drafts"),
     touch("weights", f"{_RUNNER}.get_model", "self", why="the target"),
     touch("weights", "vllm.v1.worker.gpu_worker:Worker.sleep", "self, level=", why="wrapped"),
     touch(

@@ -494,6 +494,36 @@ def test_a_drafter_that_may_not_draft_leaves_guesses(dry, monkeypatch):
         assert [type(error) for error in failures] == [ZeroDivisionError]
 
 
+def test_a_stock_speculator_that_raises_is_not_run_at_k_0():
+    """vLLM's own run their models there too, and would raise once more."""
+    from rollout_spec.integrations.vllm.compat_v2 import watch_proposing
+
+    def propose(input_batch, num_speculative_tokens):
+        calls.append(num_speculative_tokens)
+        raise ZeroDivisionError("on purpose")
+
+    calls, failures, drafts = [], [], torch.full((4, 3), 7)
+    speculator = Record(
+        propose=propose, draft_logits=None, draft_tokens=drafts, num_speculative_steps=3
+    )
+    parallel = Record(tensor_parallel_size=1)
+    runner = Record(
+        speculator=speculator, execute_model=lambda: None, vllm_config=Record(parallel_config=parallel)
+    )
+    watch_proposing(runner, lambda: not failures, failures.append, lambda figures: None)
+    batch = Record(num_reqs=2, idx_mapping=torch.tensor([2, 0]))
+    for count in (0, 2, 0):
+        assert speculator.propose(batch, num_speculative_tokens=count).shape == (2, 3)
+    assert calls == [0] and [type(error) for error in failures] == [ZeroDivisionError]
+    assert drafts[:2].tolist() == [[0, 0, 7]] * 2
+    parallel.tensor_parallel_size = 2
+    speculator.propose = propose
+    failures.clear()
+    watch_proposing(runner, lambda: not failures, failures.append, lambda figures: None)
+    with pytest.raises(ZeroDivisionError):
+        speculator.propose(batch, num_speculative_tokens=0)
+
+
 def test_nonsense_from_the_drafter_becomes_a_distribution(dry):
     """Were q not a number, the verifier's residual would be none either."""
     logits = torch.tensor(
