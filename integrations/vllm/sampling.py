@@ -216,8 +216,11 @@ def _admit(original: Callable[..., None]) -> Callable[..., None]:
     def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         is_coupled(vllm_config)  # raises where it cannot be
-        if options_of(vllm_config) is not None:
-            self.speculative_config = None  # read only to refuse requests
+        # Read only to refuse requests; where one may replay a trace, those that do have to be.
+        if options_of(vllm_config) is not None and not getattr(
+            vllm_config.model_config, "enable_trace_replay", False
+        ):
+            self.speculative_config = None
 
     return init
 
@@ -266,7 +269,10 @@ def _build_all_processors(original: Callable[..., Any]) -> Callable[..., Any]:
 def admit(module: ModuleType) -> None:
     """Touch `vllm.v1.engine.input_processor`: admit requests that vLLM refuses beside speculation.
 
-    `InputProcessor.speculative_config` is read only to refuse them (`SamplingParams.verify`), so it is cleared.
+    `InputProcessor.speculative_config` is read only to refuse them (`SamplingParams.verify`): those with `min_p` or
+    `logit_bias`, and those with `trace_decode_token_ids`. So it is cleared, except with `enable_trace_replay`, without
+    which vLLM refuses the last anyway: in a pass with drafts its V2 runner samples all requests by its verifier, which
+    ignores traces, those without drafts too. There `min_p` and `logit_bias` stay refused.
     """
     rebind(module.InputProcessor, "__init__", _admit)
 
