@@ -424,6 +424,43 @@ def test_nothing_is_learnt_before_every_kind_of_step_was_seen() -> None:
     assert calibrating.plan(state(4, ())).reason == Reason.NO_DRAFTER
 
 
+@pytest.mark.parametrize("found", [0.05, 0.6])
+def test_costs_are_measured_with_a_drafter_that_finds_what_it_finds(found: float) -> None:
+    """N-grams draft for some requests, as far as they match; and one request in a batch may not draft at all."""
+    chance = np.random.default_rng(3)
+    calibrating = SelfCalibrating("nf4", make, 8)
+    decisions, verified = Decisions(calibrating, "nf4", range(9)), 0
+    for _ in range(1000):
+        if calibrating.policy is not None:
+            break
+        asked = decisions.decide(live("a", "b", "c", "d", allowed=10_000), 0).draft_length
+        seconds = true_seconds(4, verified, asked, 400)
+        calibrating.observe_step(StepTiming(4, verified, asked, 400, seconds))
+        verified = int((chance.integers(1, 5, 4) * (chance.random(4) < found)).sum()) if asked else 0
+    assert calibrating.policy is not None and not calibrating._steps
+    assert 4 < calibrating.timings[1].rows < 20
+    for timing in calibrating.timings:
+        rows = timing.rows if timing.kind == TARGET else 4
+        assert timing.seconds == pytest.approx(TRUE.passes[timing.kind].seconds(4, rows, 400), rel=0.1)
+
+
+def test_steps_are_not_kept_for_ever() -> None:
+    calibrating = SelfCalibrating("nf4", make, 8)
+    for turn in range(50 * STEPS):  # drafts are asked for, and none come
+        calibrating.observe_step(StepTiming(4, 0, 4 * (turn % 2), 400, 0.003))
+    assert calibrating.policy is None
+    assert sum(len(kept) for kinds in calibrating._steps.values() for kept in kinds.values()) < 100
+
+
+def test_costs_come_from_the_kinds_of_steps_there_are() -> None:
+    """Of those wanted, one does not come here: steps that draft without verifying."""
+    calibrating = SelfCalibrating("nf4", make, 8)
+    for turn in range(50 * STEPS):
+        kind = ((0, 0, 0.004), (16, 0, 0.006), (16, 4, 0.010))[turn % 3]
+        calibrating.observe_step(StepTiming(4, *kind[:2], 400, kind[2]))
+    assert [x.seconds for x in calibrating.timings] == pytest.approx([0.004, 0.006, 0.001])
+
+
 def test_whole_steps_are_enough_to_correct_both_costs() -> None:
     """Calibrated costs that are wrong in opposite directions come right, though only whole steps are timed."""
     wrong = CostModel(
