@@ -107,6 +107,7 @@ class PolicyScheduler(Scheduler):
         self._ended = 0.0
         self._began = 0.0
         self._untold = 0
+        self._renewed = False  # since the last step
 
     @property
     def drafting(self) -> bool:
@@ -138,6 +139,7 @@ class PolicyScheduler(Scheduler):
         if before.plan is not None:  # nothing can change it any more
             self._metrics.decided(before.plan.reason, before.longest, before.drafter)
         scheduler_output.num_spec_tokens_to_schedule = self._decided.draft_length
+        self._renewed = self._renewed and not scheduler_output.num_scheduled_tokens
         self._untold += 1
         if self._decided.state is not None or self._untold >= _TELL_EVERY:
             scheduler_output.rollout_spec = (
@@ -268,11 +270,16 @@ class PolicyScheduler(Scheduler):
         return super()._free_request(request, *args, **kwargs)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """As vLLM's. Every weight update ends with it, so what was learnt of the drafter counts less from here on."""
-        self.decisions.after_update()
-        if self._history is not None:
-            self._history.after_update()
-        set_aside(self.vllm_config, "scheduler", False)
+        """As vLLM's. Every weight update ends with it, so what was learnt of the drafter counts less from here on.
+
+        Updates reset it several times, and so does vLLM's sleep before them: they count once between two steps.
+        """
+        if not self._renewed:
+            self._renewed = True
+            self.decisions.after_update()
+            if self._history is not None:
+                self._history.after_update()
+            set_aside(self.vllm_config, "scheduler", False)
         return super().reset_prefix_cache(*args, **kwargs)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from small_engines import DRAFTER
 
 from rollout_spec.contracts import InvalidRequest
@@ -16,6 +17,7 @@ from rollout_spec.integrations.vllm.choose_policy import calibration_key, choose
 from rollout_spec.integrations.vllm.online_calibration import LATE_STEPS, STEPS, SelfCalibrating
 from rollout_spec.integrations.vllm.options import KEY, options_of
 from rollout_spec.integrations.vllm.refusals import refuse_data_parallel
+from rollout_spec.integrations.vllm.weights import update_weights
 from rollout_spec.policy import calibration
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off
@@ -61,6 +63,20 @@ def test_requests_that_end_leave_nothing_behind(engine: Engine) -> None:
     assert not engine.scheduler._steps
     decisions.forget_others(())
     assert not decisions._slots
+
+
+def test_an_update_is_heard_of_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It resets the prefix cache twice, and each time counted what was learnt of the drafter for less."""
+    heard: list[int] = []
+    monkeypatch.setattr(engine.scheduler.decisions, "after_update", lambda: heard.append(1))
+    engine.generate(prompts(1), 4)
+    update_weights(engine.llm, load_file(f"{POLICY}/model.safetensors").items())
+    assert heard == [1]
+    engine.llm.reset_prefix_cache()
+    assert heard == [1]
+    engine.generate(prompts(1), 4)
+    engine.llm.reset_prefix_cache()
+    assert heard == [1, 1]
 
 
 N_GRAM = """
