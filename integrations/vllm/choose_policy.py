@@ -12,7 +12,7 @@ import torch
 from rollout_spec.config import SpeculationConfig
 from rollout_spec.integrations.vllm.compat import check_version
 from rollout_spec.integrations.vllm.online_calibration import SelfCalibrating
-from rollout_spec.integrations.vllm.options import QUANTIZATION_PREFIX, is_self_drafter
+from rollout_spec.integrations.vllm.options import QUANTIZATION_PREFIX, is_self_drafter, options_of
 from rollout_spec.observe.machine import cpu_model, installed_versions
 from rollout_spec.policy import calibration
 from rollout_spec.policy.automatic import AutomaticPolicy
@@ -134,6 +134,8 @@ def calibration_key(vllm_config: Any) -> Mapping[str, Any]:
     from vllm.platforms import current_platform
 
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
+    speculative, options = vllm_config.speculative_config, options_of(vllm_config)
+    own = speculative is None or is_self_drafter(vllm_config)
     text = model.hf_text_config.to_dict()
     on_cpu = current_platform.is_cpu()
     return {
@@ -142,7 +144,12 @@ def calibration_key(vllm_config: Any) -> Mapping[str, Any]:
         "threads": (os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()) if on_cpu else None,
         "model": {name: value for name, value in text.items() if isinstance(value, (int, float))},
         "dtype": str(model.dtype),
+        "quantization": model.quantization,
+        "kv_cache": str(vllm_config.cache_config.cache_dtype),
+        "attention": str(vllm_config.attention_config.backend),
         "drafter": drafter_name(vllm_config),
+        "draft_model": None if own else speculative.model,
+        "quantized_head": options.quantize_lm_head if own and options is not None else None,
         "ranks": vllm_config.parallel_config.tensor_parallel_size,
         "eager": bool(model.enforce_eager),
         "graphs": str(compilation.cudagraph_mode),

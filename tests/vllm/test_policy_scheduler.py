@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off
 from rollout_spec.policy.cost_model import CostModel
 from rollout_spec.policy.records import Reason
-from tests.vllm.conftest import POLICY, SMALL, Engine, Engines, prompts, run_apart
+from tests.vllm.conftest import POLICY, SMALL, Engine, Engines, changed, prompts, run_apart
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -55,6 +56,26 @@ def test_costs_are_measured_in_the_first_steps_and_kept(
     engine.generate(prompts(8), 64)
     assert sum(decisions.reasons.values()) > 10
     assert decisions.reasons[Reason.EXPLORE] < STEPS
+
+
+def test_costs_are_kept_for_what_they_depend_on(engine: Engine) -> None:
+    """An engine that differs in one of these starts with costs of its own."""
+    self_drafted = engine.config
+    other = changed(self_drafted, speculative_config__quantization=None)
+    keys = [
+        calibration_key(x)
+        for x in (
+            self_drafted,
+            changed(self_drafted, model_config__quantization="fp8"),
+            changed(self_drafted, cache_config__cache_dtype="fp8"),
+            changed(self_drafted, attention_config__backend="FLASHINFER"),
+            changed(self_drafted, additional_config={KEY: {"quantize_lm_head": False}}),
+            other,
+            changed(other, speculative_config__model="another/head"),
+        )
+    ]
+    assert len({json.dumps(key, sort_keys=True) for key in keys}) == len(keys)
+    assert calibration_key(changed(self_drafted, speculative_config__model="elsewhere")) == keys[0]
 
 
 def test_requests_that_end_leave_nothing_behind(engine: Engine) -> None:
