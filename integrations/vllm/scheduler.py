@@ -31,7 +31,7 @@ from rollout_spec.integrations.vllm.fit import check_fit
 from rollout_spec.integrations.vllm.history import RequestHistory
 from rollout_spec.integrations.vllm.metrics import SchedulerMetrics, set_aside
 from rollout_spec.integrations.vllm.options import KEY, options_of
-from rollout_spec.integrations.vllm.refusals import refuse_data_parallel
+from rollout_spec.integrations.vllm.refusals import refuse_data_parallel, refuse_ignored
 from rollout_spec.integrations.vllm.sampling import may_draft
 from rollout_spec.policy.records import Matches
 from rollout_spec.vllm_backend.fast_paths import given_up_by
@@ -75,6 +75,7 @@ class PolicyScheduler(Scheduler):
                 "scheduler_cls", type(self).__name__, f"give additional_config={{{KEY!r}: {{...}}}} too"
             )
         refuse_data_parallel(vllm_config)
+        refuse_ignored(vllm_config, options)
         speculative = vllm_config.speculative_config
         if speculative is not None and speculative.method in _FIXED_LENGTH:
             raise invalid(
