@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from rollout_spec.integrations.vllm.compat_v2 import guess_blindly
+from rollout_spec.integrations.vllm.metrics import set_aside
 from rollout_spec.integrations.vllm.refusals import check_layers
 
 try:
@@ -56,6 +57,7 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
         self.forwards = 0
         self.graphs: Any = None
         self.set_aside: str | None = None
+        self._drafting = False
         self._targets: dict[str, str] = {}
         # Ranks that stop at different steps would wait for each other.
         self._alone = vllm_config.parallel_config.tensor_parallel_size == 1
@@ -69,7 +71,8 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
         for name in self._targets:
             layers[name].get_kv_cache_spec = lambda vllm_config: None
         compute = self.model.compute_logits
-        self.model.compute_logits = lambda hidden: _finite(compute(hidden))
+        # The canary wants them as they are.
+        self.model.compute_logits = lambda hidden: _finite(compute(hidden)) if self._drafting else compute(hidden)
 
     def set_attn(
         self,
@@ -169,6 +172,7 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
                 if not self._alone or dummy_run:
                     raise
                 self.set_aside = f"it raised {type(error).__name__}: {error}"
+                set_aside(self.vllm_config, "worker", True)
                 logger.error("the self-drafter is set aside: %s", self.set_aside, exc_info=error)
         return guess_blindly(self, slots, count)
 
@@ -224,15 +228,19 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
             ends = buffers.query_start_loc[: rows + 1]
             self.block_tables.compute_slot_mappings(slots, ends, positions, rows)
         hidden = self._run_model(buffers.input_ids[:rows], positions, metadata, mapping, None)
-        sampled = self.sample_draft(
-            hidden[:rows],
-            positions,
-            slots,
-            self.temperature,
-            self.seeds,
-            self.current_draft_step,
-            self.draft_logits,
-        )
+        self._drafting = True
+        try:
+            sampled = self.sample_draft(
+                hidden[:rows],
+                positions,
+                slots,
+                self.temperature,
+                self.seeds,
+                self.current_draft_step,
+                self.draft_logits,
+            )
+        finally:
+            self._drafting = False
         tokens = torch.where(slots >= 0, sampled, 0)  # of index -1 it is whatever memory held
         drafts = self.draft_tokens[:rows]
         drafts.index_copy_(1, self.current_draft_step.view(1), tokens[:, None].to(drafts.dtype))

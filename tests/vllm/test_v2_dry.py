@@ -448,11 +448,13 @@ def test_a_draft_one_place_off_is_seen(dry, monkeypatch):
     assert step(dry, (0, A, 1, 1))[0].tolist() != continuation(A, 3)
 
 
-def test_a_drafter_that_raises_is_set_aside_and_its_guesses_are_judged_as_guesses(dry, monkeypatch, caplog):
+def test_a_drafter_that_raises_is_set_aside_and_its_guesses_are_judged_as_guesses(dry, v2, monkeypatch, caplog):
+    told = []
+    monkeypatch.setattr(v2.ours, "set_aside", lambda config, by, aside: told.append((by, aside)))
     with monkeypatch.context() as broken:
         broken.setattr(dry.speculator.model, "forward", lambda **given: 1 / 0)
         drafts = step(dry, (2, A, 0, 1), (0, B, 0, 1), num_speculative_tokens=2)
-    assert "set aside: it raised ZeroDivisionError" in caplog.text
+    assert "set aside: it raised ZeroDivisionError" in caplog.text and told == [("worker", True)]
     for again in range(2):
         assert drafts[:, :2].tolist() == [[0, 0], [0, 0]], again
         q = dry.speculator.draft_logits[[2, 0], :2].softmax(-1)
@@ -524,14 +526,26 @@ def test_a_stock_speculator_that_raises_is_not_run_at_k_0():
         speculator.propose(batch, num_speculative_tokens=0)
 
 
-def test_nonsense_from_the_drafter_becomes_a_distribution(dry):
-    """Were q not a number, the verifier's residual would be none either."""
+def test_nonsense_from_the_drafter_becomes_a_distribution(dry, monkeypatch):
+    """Were q not a number, the verifier's residual would be none either. The canary sees it as it is."""
     logits = torch.tensor(
         [[torch.nan, 1.0, 2.0], [torch.inf, 1.0, 2.0], [-torch.inf, 1.0, 2.0], [-torch.inf] * 3]
     )
+    assert torch.equal(
+        dry.speculator.model.compute_logits(logits.clone()).nan_to_num(7.0), logits.nan_to_num(7.0)
+    )
+    monkeypatch.setattr(dry.speculator, "_drafting", True)
     given = dry.speculator.model.compute_logits(logits.clone())
     assert given.softmax(-1).isfinite().all()
     assert given[2].tolist() == logits[2].tolist() and not given[[0, 1, 3]].any()
+
+
+def test_drafts_of_nonsense_come_from_a_distribution(dry, monkeypatch):
+    monkeypatch.setattr(
+        dry.speculator.model, "forward", lambda **given: torch.full((len(given["input_ids"]), VOCAB), torch.nan)
+    )
+    step(dry, (2, A, 0, 1), num_speculative_tokens=2)
+    assert not dry.speculator.draft_logits[2, :2].any() and not dry.speculator._drafting
 
 
 @pytest.fixture
