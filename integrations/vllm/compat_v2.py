@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rollout_spec.contracts import invalid
+from rollout_spec.integrations.vllm.hidden_states import shows_nothing
 from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
 from rollout_spec.integrations.vllm.refusals import refuse
 
@@ -38,6 +39,8 @@ def rebind_init_speculator(module: ModuleType) -> None:
     @functools.wraps(construct)
     def construct_checked(runner: Any, vllm_config: Any, *args: Any, **options: Any) -> None:
         refuse_v2(vllm_config, module)
+        if options_of(vllm_config) is not None:
+            shows_nothing(runner)
         construct(runner, vllm_config, *args, **options)
 
     module.init_speculator = init_speculator  # type: ignore[attr-defined]

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from rollout_spec.contracts import invalid
 from rollout_spec.integrations.vllm.sampling import rebind
 
 logger = logging.getLogger("rollout_spec")
@@ -47,6 +49,7 @@ class HiddenStates:
 
 Callback = Callable[[HiddenStates], None]
 _callbacks: list[Callback] = []
+_silent: WeakSet[Any] = WeakSet()  # runners that show nobody their hidden states
 
 
 def capture(callback: Callback) -> Callable[[], None]:
@@ -58,7 +61,12 @@ def capture(callback: Callback) -> Callable[[], None]:
 
     Returns:
         Stops it.
+
+    Raises:
+        InvalidRequest: An engine here runs on vLLM's V2 runner.
     """
+    if _silent:
+        refuse_capture(callback)
     _callbacks.append(callback)
 
     def stop() -> None:
@@ -66,6 +74,22 @@ def capture(callback: Callback) -> Callable[[], None]:
             _callbacks.remove(callback)
 
     return stop
+
+
+def shows_nothing(runner: Any) -> None:
+    """Note a runner whose hidden states are not taken, or refuse it if they are wanted: InvalidRequest."""
+    if _callbacks:
+        refuse_capture(_callbacks[0])
+    _silent.add(runner)
+
+
+def refuse_capture(callback: Callback) -> None:
+    """Raise InvalidRequest: nothing would ever come."""
+    raise invalid(
+        "capture",
+        getattr(callback, "__name__", callback),
+        "the V2 model runner's hidden states are not taken; set VLLM_USE_V2_MODEL_RUNNER=0 to run on the V1 runner",
+    )
 
 
 def capturing() -> bool:

@@ -592,6 +592,24 @@ def test_what_the_v2_runner_cannot_do_is_refused_at_start(runner, v2):
     assert len(runner.made) == before + 1
 
 
+def test_hidden_states_are_refused_rather_than_never_seen(runner, v2, monkeypatch):
+    from rollout_spec.contracts import InvalidRequest
+    from rollout_spec.integrations.vllm import compat_v2, hidden_states
+
+    monkeypatch.setattr(compat_v2, "refuse_v2", lambda config, module: None)
+    refused = pytest.raises(InvalidRequest, match=r"capture='print'.*VLLM_USE_V2_MODEL_RUNNER=0")
+    config = stand_in_config({})
+    stop = hidden_states.capture(print)
+    with refused:
+        runner.module.GPUModelRunner(config, "cpu")
+    stop()
+    made = runner.module.GPUModelRunner(config, "cpu")
+    with refused:
+        hidden_states.capture(print)
+    del made
+    hidden_states.capture(print)()
+
+
 @pytest.mark.skipif("ROLLOUT_SPEC_DRY" in os.environ, reason="this is the run over the newest release")
 def test_on_newest(released_vllm):
     folder = released_vllm("0.33.0")
