@@ -77,6 +77,18 @@ def draft_lengths(vllm_config: Any, captured: Sequence[int] | None) -> Sequence[
     return [min(k, longest) for *_, k in speculative.num_speculative_tokens_per_batch_size]
 
 
+def longest_beside_drafts(vllm_config: Any, max_model_len: int) -> int | None:
+    """Tokens that the longest sequence of a pass may have by its end; beyond, vLLM's V1 runner drafts zeros for all.
+
+    None where every sequence ends for itself: with the self-drafter, and on the V2 runner.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or vllm_config.use_v2_model_runner or is_self_drafter(vllm_config):
+        return None
+    limit = getattr(speculative.draft_model_config, "max_model_len", None) or max_model_len
+    return int(limit) - speculative.num_speculative_tokens - (speculative.method == "dflash")
+
+
 def choose_policy(
     vllm_config: Any, options: SpeculationConfig, lengths: Sequence[int] | None = None
 ) -> SpeculationPolicy:

@@ -24,6 +24,7 @@ from rollout_spec.integrations.vllm.choose_policy import (
     draft_lengths,
     drafter_name,
     drafts_late,
+    longest_beside_drafts,
     why_no_history,
 )
 from rollout_spec.integrations.vllm.decisions import Decision, Decisions, Ended, Live, Verified
@@ -102,6 +103,7 @@ class PolicyScheduler(Scheduler):
             drafts_late(vllm_config),
             self._history is not None,
         )
+        self._longest = longest_beside_drafts(vllm_config, self.max_model_len)
         self._metrics = SchedulerMetrics(vllm_config, self.kv_cache_config)
         self._decided = Decision(0)
         self._steps: deque[_Step] = deque()
@@ -174,12 +176,19 @@ class PolicyScheduler(Scheduler):
             if one.allowed > 0:
                 live.append(one)
         self.decisions.forget_others(self.requests)
-        if not any(may_draft(self, self.requests[one.request]) for one in live):
+        if not any(may_draft(self, self.requests[one.request]) for one in live) or self._too_long(scheduler_output):
             return Decision(0)
         matches = None
         if self._history is not None and self.decisions.looks:
             matches = self._expected(self._history, live, scheduler_output.scheduled_spec_decode_tokens)
         return self.decisions.decide(live, len(self.waiting), began, matches)
+
+    def _too_long(self, scheduler_output: Any) -> bool:
+        """Whether the runner would draft zeros for every request; rejected, they would count against the drafter."""
+        return self._longest is not None and any(
+            self.requests[request_id].num_computed_tokens + count > self._longest
+            for request_id, count in scheduler_output.num_scheduled_tokens.items()
+        )
 
     def _expected(
         self, history: RequestHistory, live: Sequence[Live], drafts: Mapping[str, Sequence[int]]

@@ -140,6 +140,12 @@ POLICY = (
         ("additional_config", "attention_config", "cache_config", "use_v2_model_runner"),
         why="how users configure it",
     ),
+    touch(
+        "policy",
+        f"{_RUNNER}._input_fits_in_drafter",
+        "self, common_attn_metadata",
+        why="up to where the V1 runner drafts for a batch",
+    ),
     touch("policy", _SCHEDULER, ("kv_cache_config",), why="metrics: blocks spent on the drafter"),
     touch(
         "policy",

@@ -13,7 +13,7 @@ from always_history import AlwaysHistory
 from rollout_spec.config import SpeculationConfig
 from rollout_spec.integrations.vllm import decisions as decisions_module
 from rollout_spec.integrations.vllm.arguments import _graph_table
-from rollout_spec.integrations.vllm.choose_policy import draft_lengths
+from rollout_spec.integrations.vllm.choose_policy import draft_lengths, longest_beside_drafts
 from rollout_spec.integrations.vllm.decisions import WATCH_TOKENS, Decision, Decisions, Ended, Live, Verified
 from rollout_spec.integrations.vllm.online_calibration import LATE_STEPS, STEPS, SelfCalibrating, StepTiming
 from rollout_spec.policy.automatic import AutomaticPolicy
@@ -409,6 +409,23 @@ def test_costs_are_measured_with_a_length_that_there_is() -> None:
     calibrating = SelfCalibrating("nf4", make, 8, lengths=lengths)
     run(Decisions(calibrating, "nf4", lengths), 1, STEPS + 5)
     assert {x.rows for x in calibrating.timings if x.kind == TARGET} == {1, 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({}, 252),
+        ({"method": "dflash"}, 251),
+        ({"draft_model_config": SimpleNamespace(max_model_len=128)}, 124),
+        ({"quantization": "rollout_spec_nf4"}, None),
+    ],
+)
+def test_how_long_sequences_may_be_beside_drafts(changes: dict[str, object], longest: int | None) -> None:
+    speculative = {"method": "ngram", "num_speculative_tokens": 4, "draft_model_config": None} | changes
+    config = SimpleNamespace(speculative_config=SimpleNamespace(**speculative), use_v2_model_runner=False)
+    assert longest_beside_drafts(config, 256) == longest
+    config.use_v2_model_runner = True
+    assert longest_beside_drafts(config, 256) is None
 
 
 def state(batch: int, drafters: tuple[str, ...] = ("nf4",)) -> StepState:

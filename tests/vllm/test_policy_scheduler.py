@@ -255,6 +255,18 @@ class TestAsynchronous:
         ]
         assert not scheduler._steps and scheduler.decisions.draft_lengths == {3: 1, 1: 1, 0: 2}
 
+    def test_beside_a_sequence_near_the_end_nobody_drafts(self, scheduler: Any) -> None:
+        """vLLM's V1 runner would draft zeros for the whole batch, which say nothing of a stock drafter."""
+        scheduler._longest = 16
+        for name, length in (("a", 10), ("b", 14)):
+            scheduler.add_request(self.request(name, length))
+        first = scheduler.schedule()
+        assert first.num_spec_tokens_to_schedule == 3
+        second = scheduler.schedule()  # "b" may have 18 tokens by its end
+        assert second.num_spec_tokens_to_schedule == 0
+        scheduler.update_from_output(first, self.output(first, {"a": [7], "b": [7]}))
+        scheduler.update_from_output(second, self.output(second, {"a": [7], "b": [7]}))
+
     def test_late_drafts_are_timed_without_being_verified(self, scheduler: Any) -> None:
         """One step of a round drafts, and the next one verifies nothing; costs are known after it."""
         decisions = scheduler.decisions

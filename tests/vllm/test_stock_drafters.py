@@ -170,6 +170,16 @@ def test_a_draft_model(engines: Engines, tmp_path: Path, collected: Collector) -
     assert compare(engine, collected, [-1]) < 1e-4
     blocks = engine.config.cache_config.num_gpu_blocks
     assert metric("drafter_kv_blocks") == blocks  # as many layers as the target's
+    assert _in_step_with_vllm(engine)
+
+
+def _in_step_with_vllm(engine: Engine) -> bool:
+    """Whether nothing is verified where vLLM makes zeros of a batch's drafts, near `max_model_len`; and just before it is."""
+    seen = [engine.counters()[0]]
+    for length in (253, 251):
+        engine.generate(prompts(1, length), 256 - length)
+        seen.append(engine.counters()[0])
+    return seen[0] == seen[1] < seen[2]
 
 
 def test_an_eagle3_head(engines: Engines, tmp_path: Path, collected: Collector) -> None:
