@@ -14,9 +14,7 @@ from torch import Tensor
 from rollout_spec.contracts import invalid
 from rollout_spec.integrations.vllm.hidden_states import shows_nothing
 from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
-from rollout_spec.integrations.vllm.refusals import refuse
-
-V1 = "set VLLM_USE_V2_MODEL_RUNNER=0 to run on the V1 runner"
+from rollout_spec.integrations.vllm.refusals import V1, refuse, refuse_coupled_v2
 
 
 def rebind_init_speculator(module: ModuleType) -> None:
@@ -58,7 +56,7 @@ def refuse_v2(vllm_config: Any, module: ModuleType) -> None:
     if options is None:
         return
     if options.verifier == "coupled":
-        raise invalid("verifier", "coupled", f"the V2 model runner samples by its own kernels; {V1}")
+        refuse_coupled_v2()
     speculator = getattr(module, "DraftModelSpeculator", None)
     takes = inspect.signature(speculator.propose).parameters if speculator is not None else {}
     if vllm_config.speculative_config is not None and "num_speculative_tokens" not in takes:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rollout_spec.contracts import RolloutSpecError, invalid
 from rollout_spec.integrations.vllm.compat_v2 import watch_proposing
 from rollout_spec.integrations.vllm.hidden_states import capturing, show
-from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
+from rollout_spec.integrations.vllm.options import DRAFT_PREFIX, is_self_drafter, options_of
 from rollout_spec.integrations.vllm.sampling import rebind
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _POLICY = "rollout_spec_policy"
 _CHUNK = 512  # tokens of one plain pass
-_DRAFTER_PREFIX = "draft_model."
 
 
 def attach_policy(runner: Any, policy: WorkerPolicy) -> None:
@@ -122,7 +121,9 @@ def watch_drafting(
         raised = raised and not usable
         if usable or not wanted:
             return propose(scheduler_output, *args, **options)
-        scheduler_output.num_spec_tokens_to_schedule = 0  # vLLM's own way to say that nothing is to be drafted
+        scheduler_output.num_spec_tokens_to_schedule = (
+            0  # vLLM's own way to say that nothing is to be drafted
+        )
         propose(scheduler_output, *args, **options)
         runner._draft_probs = runner._draft_prob_req_ids = None
         return no_drafts(runner, wanted)
@@ -379,7 +380,7 @@ def _pass(
     for group in runner.attn_groups[0]:
         built = group.get_metadata_builder(0).build(0, common)
         for name in group.layer_names:
-            for layer in (name, _DRAFTER_PREFIX + name):
+            for layer in (name, DRAFT_PREFIX + name):
                 metadata[layer], mapping[layer] = built, slots
     with set_forward_context(
         metadata,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rollout_spec.contracts import invalid
+from rollout_spec.integrations.vllm.refusals import V1
 from rollout_spec.integrations.vllm.sampling import rebind
 
 logger = logging.getLogger("rollout_spec")
@@ -88,7 +89,7 @@ def refuse_capture(callback: Callback) -> None:
     raise invalid(
         "capture",
         getattr(callback, "__name__", callback),
-        "the V2 model runner's hidden states are not taken; set VLLM_USE_V2_MODEL_RUNNER=0 to run on the V1 runner",
+        f"the V2 model runner's hidden states are not taken; {V1}",
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from rollout_spec.config import SpeculationConfig
 from rollout_spec.contracts import InvalidRequest, invalid
 from rollout_spec.integrations.vllm.options import QUANTIZATION_PREFIX, is_self_drafter
 
+V1 = "set VLLM_USE_V2_MODEL_RUNNER=0 to run on the V1 runner"
 _ELSE = "use another speculative method (the policy works with all of them), or leave speculative_config out"
 
 
@@ -20,6 +21,11 @@ def refuse(vllm_config: Any) -> None:
     """
     for field, value, reason in _reasons(vllm_config):
         raise invalid(field, value, reason)
+
+
+def refuse_coupled_v2() -> NoReturn:
+    """Raise InvalidRequest: the V2 runner samples by kernels of its own."""
+    raise invalid("speculation.verifier", "coupled", f"the V2 model runner samples by its own kernels; {V1}")
 
 
 def refuse_data_parallel(vllm_config: Any) -> None:

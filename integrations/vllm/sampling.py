@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rollout_spec.contracts import invalid
 from rollout_spec.integrations.vllm.options import options_of
+from rollout_spec.integrations.vllm.refusals import refuse_coupled_v2
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -58,9 +59,7 @@ def is_coupled(vllm_config: VllmConfig) -> bool:
     if options is None or options.verifier != "coupled":
         return False
     if getattr(vllm_config, "use_v2_model_runner", False):
-        raise invalid(
-            "speculation.verifier", "coupled", "set VLLM_USE_V2_MODEL_RUNNER=0: it needs the V1 runner"
-        )
+        refuse_coupled_v2()
     method = getattr(vllm_config.speculative_config, "rejection_sample_method", "standard")
     if method != "standard":
         raise invalid("rejection_sample_method", method, 'leave it at "standard" with verifier="coupled"')

@@ -26,6 +26,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from rollout_spec.integrations.vllm.compat_v2 import guess_blindly
 from rollout_spec.integrations.vllm.metrics import set_aside
+from rollout_spec.integrations.vllm.options import DRAFT_PREFIX
 from rollout_spec.integrations.vllm.refusals import check_layers
 
 try:
@@ -35,8 +36,6 @@ except ImportError:  # before 0.32, where drafting on this runner is refused
     from vllm.v1.worker.gpu.spec_decode.draft_model.speculator import PlainDraftModelSpeculator as Stock
 
 logger = logging.getLogger("rollout_spec")
-
-PREFIX = "draft_model."  # vLLM's, of the names of a draft model's layers
 
 
 class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
@@ -66,13 +65,17 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
         """Load the drafter from the target's checkpoint and keep vLLM from allocating a KV cache for it."""
         super().load_model(target_model)
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
-        self._targets = {name: name.removeprefix(PREFIX) for name in sorted(self.draft_attn_layer_names)}
+        self._targets = {
+            name: name.removeprefix(DRAFT_PREFIX) for name in sorted(self.draft_attn_layer_names)
+        }
         check_layers(self.vllm_config, layers, self._targets)
         for name in self._targets:
             layers[name].get_kv_cache_spec = lambda vllm_config: None
         compute = self.model.compute_logits
         # The canary wants them as they are.
-        self.model.compute_logits = lambda hidden: _finite(compute(hidden)) if self._drafting else compute(hidden)
+        self.model.compute_logits = lambda hidden: (
+            _finite(compute(hidden)) if self._drafting else compute(hidden)
+        )
 
     def set_attn(
         self,

@@ -63,12 +63,6 @@ POLICY = (
     ),
     touch(
         "policy",
-        f"{_SCHEDULER}.make_spec_decoding_stats",
-        "self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, num_invalid_spec_tokens, request_id",
-        why="accepted tokens by position",
-    ),
-    touch(
-        "policy",
         "vllm.v1.engine.core:EngineCore.post_step",
         "self, model_executed",
         why="wrapped: drafts are asked for only where some were made",
@@ -98,7 +92,6 @@ POLICY = (
             "dynamic_sd_lookup",
             "finished_req_ids",
             "max_model_len",
-            "num_lookahead_tokens",
             "num_spec_tokens",
             "requests",
             "running",
@@ -259,6 +252,12 @@ DRAWS = (
     ),
     touch(
         "draws",
+        f"{_PROPOSER}._sample_draft_tokens",
+        "self, hidden_states, sampling_metadata",
+        why="wrapped: drafts with the noise that the target chooses with",
+    ),
+    touch(
+        "draws",
         "vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
         "self, metadata, draft_probs, logits, sampling_metadata",
         why="processes the logits that are verified",
@@ -337,7 +336,12 @@ WEIGHTS = (
         ),
         why="a drafter that may not draft, or raised, leaves what the next step needs",
     ),
-    touch("weights", _PROPOSER, ("propose", "_last_draft_probs"), why="wrapped: a drafter that raises is stopped"),
+    touch(
+        "weights",
+        _PROPOSER,
+        ("propose", "_last_draft_probs"),
+        why="wrapped: a drafter that raises is stopped",
+    ),
     touch("weights", "vllm.v1.worker.gpu_input_batch:InputBatch", ("num_reqs",), why="rows of no drafts"),
     touch("weights", f"{_RUNNER}.get_model", "self", why="the target"),
     touch("weights", "vllm.v1.worker.gpu_worker:Worker.sleep", "self, level=", why="wrapped"),

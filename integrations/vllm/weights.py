@@ -215,7 +215,9 @@ def shared_file(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[str]:
         WeightError: It cannot be written; the message names it.
     """
     nbytes = sum(tensor.nbytes for _, tensor in tensors)
-    roomy = os.access(_SHARED_MEMORY, os.W_OK) and shutil.disk_usage(_SHARED_MEMORY).free > nbytes + _HEADER_BYTES
+    roomy = (
+        os.access(_SHARED_MEMORY, os.W_OK) and shutil.disk_usage(_SHARED_MEMORY).free > nbytes + _HEADER_BYTES
+    )
     folder = _SHARED_MEMORY if roomy else Path(tempfile.gettempdir())
     path = folder / f"rollout-spec-{uuid.uuid4().hex}.safetensors"
     try:

@@ -24,7 +24,11 @@ PLAIN = SimpleNamespace(speculative_config=None)
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (engine(), {"drafter": "int8"}, r"speculation\.drafter='int8': .*\"quantization\": \"rollout_spec_int8\""),
+        (
+            engine(),
+            {"drafter": "int8"},
+            r"speculation\.drafter='int8': .*\"quantization\": \"rollout_spec_int8\"",
+        ),
         (engine(), {"drafter": "none"}, r"speculation\.drafter='none': .*without rollout_spec_nf4"),
         (engine(None), {"drafter": "nf4"}, r"speculation\.drafter='nf4'"),
         (PLAIN, {"drafter": "nf4"}, r"speculation\.drafter='nf4'"),

@@ -40,18 +40,22 @@ def test_shared_memory_is_used_where_it_has_room(folders: SimpleNamespace, free:
     assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS)
 
 
-def test_a_file_that_cannot_be_written_is_named(folders: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_written_is_named(
+    folders: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(tensors: Any, path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(weights, "save_file", full)
-    with pytest.raises(WeightError, match=rf"{folders.memory}/rollout-spec-.*48 bytes.*No space left.*TMPDIR.*chunk_bytes"):
-        with shared_file(TENSORS):
-            pass
+    named = rf"{folders.memory}/rollout-spec-.*48 bytes.*No space left.*TMPDIR.*chunk_bytes"
+    with pytest.raises(WeightError, match=named), shared_file(TENSORS):
+        pass
     assert not list(folders.memory.iterdir())
 
 
-def test_without_room_the_old_weights_stay_in_force(folders: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_the_old_weights_stay_in_force(
+    folders: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first file is written before anything is taken apart."""
     engine = SimpleNamespace(
         collective_rpc=lambda name, **given: calls.append(name) or [{"version": 0}],

@@ -448,7 +448,9 @@ def test_a_draft_one_place_off_is_seen(dry, monkeypatch):
     assert step(dry, (0, A, 1, 1))[0].tolist() != continuation(A, 3)
 
 
-def test_a_drafter_that_raises_is_set_aside_and_its_guesses_are_judged_as_guesses(dry, v2, monkeypatch, caplog):
+def test_a_drafter_that_raises_is_set_aside_and_its_guesses_are_judged_as_guesses(
+    dry, v2, monkeypatch, caplog
+):
     told = []
     monkeypatch.setattr(v2.ours, "set_aside", lambda config, by, aside: told.append((by, aside)))
     with monkeypatch.context() as broken:
@@ -505,9 +507,7 @@ def test_a_stock_speculator_that_raises_is_not_run_at_k_0():
         raise ZeroDivisionError("on purpose")
 
     calls, failures, drafts = [], [], torch.full((4, 3), 7)
-    speculator = Record(
-        propose=propose, draft_logits=None, draft_tokens=drafts, num_speculative_steps=3
-    )
+    speculator = Record(propose=propose, draft_logits=None, draft_tokens=drafts, num_speculative_steps=3)
     parallel = Record(tensor_parallel_size=1)
     runner = Record(
         speculator=speculator, execute_model=lambda: None, vllm_config=Record(parallel_config=parallel)
@@ -542,7 +542,9 @@ def test_nonsense_from_the_drafter_becomes_a_distribution(dry, monkeypatch):
 
 def test_drafts_of_nonsense_come_from_a_distribution(dry, monkeypatch):
     monkeypatch.setattr(
-        dry.speculator.model, "forward", lambda **given: torch.full((len(given["input_ids"]), VOCAB), torch.nan)
+        dry.speculator.model,
+        "forward",
+        lambda **given: torch.full((len(given["input_ids"]), VOCAB), torch.nan),
     )
     step(dry, (2, A, 0, 1), num_speculative_tokens=2)
     assert not dry.speculator.draft_logits[2, :2].any() and not dry.speculator._drafting

@@ -67,7 +67,9 @@ class Watched:
         if not self.runner.use_async_scheduling:
             return [len(x) for x in drafts] == [0] * BATCH
         reserved = torch.zeros(BATCH, count, dtype=torch.int64)
-        return self.runner._draft_probs is None and drafts.dtype == torch.int64 and torch.equal(drafts, reserved)
+        return (
+            self.runner._draft_probs is None and drafts.dtype == torch.int64 and torch.equal(drafts, reserved)
+        )
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
