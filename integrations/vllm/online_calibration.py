@@ -175,7 +175,7 @@ class SelfCalibrating:
         """
         kinds = self._steps[bucket]
         wanted = set(_KINDS) - ({_VERIFY} if self.late else set())
-        if not wanted <= kinds.keys() and self._seen[bucket] < _PATIENCE * len(self._pattern):
+        if not wanted <= kinds.keys() and self._planned[bucket] < _PATIENCE * len(self._pattern):
             return
         seconds = {kind: statistics.median(x.seconds for x in steps) for kind, steps in kinds.items()}
         drafting = {kind: statistics.fmean(x.drafting for x in steps) for kind, steps in kinds.items()}

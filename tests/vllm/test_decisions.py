@@ -470,9 +470,12 @@ def test_steps_are_not_kept_for_ever() -> None:
 
 
 def test_costs_come_from_the_kinds_of_steps_there_are() -> None:
-    """Of those wanted, one does not come here: steps that draft without verifying."""
+    """Of those wanted, one does not come here: steps that draft without verifying. It is waited for while drafts are asked for."""
     calibrating = SelfCalibrating("nf4", make, 8)
     for turn in range(50 * STEPS):
+        calibrating.observe_step(StepTiming(4, 16 * (turn % 2), 0, 400, 0.1))
+    for turn in range(50 * STEPS):
+        calibrating.plan(state(4))
         kind = ((0, 0, 0.004), (16, 0, 0.006), (16, 4, 0.010))[turn % 3]
         calibrating.observe_step(StepTiming(4, *kind[:2], 400, kind[2]))
     assert [x.seconds for x in calibrating.timings] == pytest.approx([0.004, 0.006, 0.001])
