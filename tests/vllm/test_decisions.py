@@ -122,6 +122,13 @@ def test_k_is_one_that_the_runner_has_graphs_for() -> None:
     assert decisions.draft_lengths == {4: 1, 1: 1, 0: 1}
 
 
+@pytest.mark.parametrize(("planned", "carried_out"), [(1, 0), (2, 4), (3, 4), (5, 4), (64, 8)])
+def test_k_is_rounded_up_where_there_is_none_shorter(planned: int, carried_out: int) -> None:
+    """Few sequences leave V2 few lengths: a policy that wants three tokens would otherwise never draft."""
+    decisions = Decisions(Fixed(planned), "nf4", [0, 4, 8])
+    assert decisions.decide(live("a", allowed=100), 0).draft_length == carried_out
+
+
 def test_nobody_to_draft() -> None:
     decisions = Decisions(Fixed(4), None, range(5))
     assert decisions.decide(live("a"), 0).draft_length == 0
