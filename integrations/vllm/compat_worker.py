@@ -121,9 +121,8 @@ def watch_drafting(
         raised = raised and not usable
         if usable or not wanted:
             return propose(scheduler_output, *args, **options)
-        scheduler_output.num_spec_tokens_to_schedule = (
-            0  # vLLM's own way to say that nothing is to be drafted
-        )
+        # vLLM's own way to say that nothing is to be drafted.
+        scheduler_output.num_spec_tokens_to_schedule = 0
         propose(scheduler_output, *args, **options)
         runner._draft_probs = runner._draft_prob_req_ids = None
         return no_drafts(runner, wanted)

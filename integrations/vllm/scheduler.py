@@ -176,9 +176,9 @@ class PolicyScheduler(Scheduler):
             if one.allowed > 0:
                 live.append(one)
         self.decisions.forget_others(self.requests)
-        if not any(may_draft(self, self.requests[one.request]) for one in live) or self._too_long(
-            scheduler_output
-        ):
+        if not any(may_draft(self, self.requests[one.request]) for one in live):
+            return Decision(0)
+        if self._too_long(scheduler_output):
             return Decision(0)
         matches = None
         if self._history is not None and self.decisions.looks:

@@ -507,7 +507,9 @@ def test_a_stock_speculator_that_raises_is_not_run_at_k_0():
         raise ZeroDivisionError("on purpose")
 
     calls, failures, drafts = [], [], torch.full((4, 3), 7)
-    speculator = Record(propose=propose, draft_logits=None, draft_tokens=drafts, num_speculative_steps=3)
+    speculator = Record(
+        propose=propose, draft_logits=torch.zeros(4, 3, 9), draft_tokens=drafts, num_speculative_steps=3
+    )
     parallel = Record(tensor_parallel_size=1)
     runner = Record(
         speculator=speculator, execute_model=lambda: None, vllm_config=Record(parallel_config=parallel)
