@@ -216,7 +216,7 @@ class Decisions:
         if plan.speculates and plan.drafter is None and matches is not None:
             drafter = HISTORY
         elif plan.speculates and state.drafters:
-            length = self._nearest(int(plan.draft_lengths.max()))
+            length = self._nearest(int(plan.draft_lengths.max()), int(state.allowed.max()) - 1)
             drafter = self.drafter if length else None
         seconds = time.perf_counter() - began
         self._planned = None
@@ -318,9 +318,11 @@ class Decisions:
         self.set_aside, self._tried, self._accepted = None, 0, 0
         self.policy.after_update()
 
-    def _nearest(self, length: int) -> int:
+    def _nearest(self, length: int, most: int) -> int:
         shorter = [x for x in self.lengths if 0 < x <= length]
-        return shorter[-1] if shorter else next((x for x in self.lengths if 0 < x <= 2 * length), 0)
+        return (
+            shorter[-1] if shorter else next((x for x in self.lengths if 0 < x <= min(2 * length, most)), 0)
+        )
 
     def _counted(self, decision: Decision) -> Decision:
         self._count(decision, 1)

@@ -127,6 +127,7 @@ def test_k_is_rounded_up_where_there_is_none_shorter(planned: int, carried_out: 
     """Few sequences leave V2 few lengths: a policy that wants three tokens would otherwise never draft."""
     decisions = Decisions(Fixed(planned), "nf4", [0, 4, 8])
     assert decisions.decide(live("a", allowed=100), 0).draft_length == carried_out
+    assert decisions.decide(live("a", allowed=4), 0).draft_length == 0  # no more than three are of use
 
 
 def test_nobody_to_draft() -> None:
