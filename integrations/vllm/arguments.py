@@ -16,7 +16,9 @@ from rollout_spec.integrations.vllm.options import KEY, QUANTIZATION_PREFIX
 
 SCHEDULER = "rollout_spec.integrations.vllm.scheduler.PolicyScheduler"
 WORKER_EXTENSION = "rollout_spec.integrations.vllm.worker.WorkerExtension"
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # K that graphs are captured for
+# K that graphs are captured for. vLLM's V2 runner captures the first `max_num_seqs` of its table only, so that of the
+# calibration comes first, and then those that spread.
+LENGTHS = (4, 8, 2, 16, 1, 6, 12, 3, 32, 24, 48, 64)
 
 
 def llm_arguments(model: str, speculation: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -77,11 +79,11 @@ def _changed(options: SpeculationConfig) -> dict[str, Any]:
 
 
 def _graph_table(options: SpeculationConfig) -> list[list[int]]:
-    """vLLM's table of K by batch size: the scheduler decides instead, but graphs are captured for every K in it."""
+    """vLLM's table of K by batch size: the scheduler decides instead, but graphs are captured for every K in it.
+
+    0 comes first, so that it is captured for however few sequences, and last, so that it is for all of them.
+    """
     longest = options.draft_length or options.longest_draft
-    lengths = (
-        [longest]
-        if options.draft_length
-        else sorted({*(x for x in LENGTHS if x < longest), longest}, reverse=True)
-    )
-    return [[batch, batch, length] for batch, length in enumerate([*lengths, 0], 1)]
+    shorter = [] if options.draft_length else [x for x in LENGTHS if x < longest]
+    lengths = [*shorter, longest] if longest > LENGTHS[0] else [longest, *shorter]
+    return [[batch, batch, length] for batch, length in enumerate([0, *lengths, 0], 1)]

@@ -12,7 +12,7 @@ import torch
 from rollout_spec.config import SpeculationConfig
 from rollout_spec.integrations.vllm.compat import check_version
 from rollout_spec.integrations.vllm.online_calibration import SelfCalibrating
-from rollout_spec.integrations.vllm.options import QUANTIZATION_PREFIX, is_self_drafter
+from rollout_spec.integrations.vllm.options import QUANTIZATION_PREFIX, is_self_drafter, options_of
 from rollout_spec.observe.machine import cpu_model, installed_versions
 from rollout_spec.policy import calibration
 from rollout_spec.policy.automatic import AutomaticPolicy
@@ -59,8 +59,43 @@ def why_no_history(vllm_config: Any, options: SpeculationConfig) -> str | None:
     return None
 
 
-def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPolicy:
-    """Fixed draft lengths if the configuration says so, else decisions from measured costs."""
+def draft_lengths(vllm_config: Any, captured: Sequence[int] | None) -> Sequence[int]:
+    """K that can be drafted.
+
+    vLLM carries out any K at any batch size. With a table of K its V2 runner has full graphs of those in `captured`
+    alone, the table's K by batch size up to `max_num_seqs` (None without a table); so there K is one of these, if one
+    of them drafts. Its V1 runner has no full graphs then.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return [0]
+    longest = speculative.num_speculative_tokens
+    if captured is None:
+        return range(longest + 1)
+    if vllm_config.use_v2_model_runner and not vllm_config.model_config.enforce_eager and any(captured):
+        return captured
+    return [min(k, longest) for *_, k in speculative.num_speculative_tokens_per_batch_size]
+
+
+def longest_beside_drafts(vllm_config: Any, max_model_len: int) -> int | None:
+    """Tokens that the longest sequence of a pass may have by its end; beyond, vLLM's V1 runner drafts zeros for all.
+
+    None where every sequence ends for itself: with the self-drafter, and on the V2 runner.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or vllm_config.use_v2_model_runner or is_self_drafter(vllm_config):
+        return None
+    limit = getattr(speculative.draft_model_config, "max_model_len", None) or max_model_len
+    return int(limit) - speculative.num_speculative_tokens - (speculative.method == "dflash")
+
+
+def choose_policy(
+    vllm_config: Any, options: SpeculationConfig, lengths: Sequence[int] | None = None
+) -> SpeculationPolicy:
+    """Fixed draft lengths if the configuration says so, else decisions from measured costs.
+
+    `lengths` are those that can be drafted; None: all.
+    """
     name = drafter_name(vllm_config)
     if name is None:
         return Off()
@@ -93,7 +128,7 @@ def choose_policy(vllm_config: Any, options: SpeculationConfig) -> SpeculationPo
 
     timings = found.timings if found is not None else ()
     return SelfCalibrating(
-        name, make, longest, timings, keep, drafts_late(vllm_config), kv_share(vllm_config)
+        name, make, longest, timings, keep, drafts_late(vllm_config), kv_share(vllm_config), lengths
     )
 
 
@@ -111,6 +146,8 @@ def calibration_key(vllm_config: Any) -> Mapping[str, Any]:
     from vllm.platforms import current_platform
 
     model, compilation = vllm_config.model_config, vllm_config.compilation_config
+    speculative, options = vllm_config.speculative_config, options_of(vllm_config)
+    own = speculative is None or is_self_drafter(vllm_config)
     text = model.hf_text_config.to_dict()
     on_cpu = current_platform.is_cpu()
     return {
@@ -119,7 +156,12 @@ def calibration_key(vllm_config: Any) -> Mapping[str, Any]:
         "threads": (os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()) if on_cpu else None,
         "model": {name: value for name, value in text.items() if isinstance(value, (int, float))},
         "dtype": str(model.dtype),
+        "quantization": model.quantization,
+        "kv_cache": str(vllm_config.cache_config.cache_dtype),
+        "attention": str(vllm_config.attention_config.backend),
         "drafter": drafter_name(vllm_config),
+        "draft_model": None if own else speculative.model,
+        "quantized_head": options.quantize_lm_head if own and options is not None else None,
         "ranks": vllm_config.parallel_config.tensor_parallel_size,
         "eager": bool(model.enforce_eager),
         "graphs": str(compilation.cudagraph_mode),

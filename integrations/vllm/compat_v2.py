@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from rollout_spec.contracts import invalid
+from rollout_spec.integrations.vllm.hidden_states import shows_nothing
 from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
-from rollout_spec.integrations.vllm.refusals import refuse
-
-V1 = "set VLLM_USE_V2_MODEL_RUNNER=0 to run on the V1 runner"
+from rollout_spec.integrations.vllm.refusals import V1, refuse, refuse_coupled_v2
 
 
 def rebind_init_speculator(module: ModuleType) -> None:
@@ -38,6 +37,8 @@ def rebind_init_speculator(module: ModuleType) -> None:
     @functools.wraps(construct)
     def construct_checked(runner: Any, vllm_config: Any, *args: Any, **options: Any) -> None:
         refuse_v2(vllm_config, module)
+        if options_of(vllm_config) is not None:
+            shows_nothing(runner)
         construct(runner, vllm_config, *args, **options)
 
     module.init_speculator = init_speculator  # type: ignore[attr-defined]
@@ -55,7 +56,7 @@ def refuse_v2(vllm_config: Any, module: ModuleType) -> None:
     if options is None:
         return
     if options.verifier == "coupled":
-        raise invalid("verifier", "coupled", f"the V2 model runner samples by its own kernels; {V1}")
+        refuse_coupled_v2()
     speculator = getattr(module, "DraftModelSpeculator", None)
     takes = inspect.signature(speculator.propose).parameters if speculator is not None else {}
     if vllm_config.speculative_config is not None and "num_speculative_tokens" not in takes:
@@ -75,7 +76,8 @@ def watch_proposing(
     """What `compat_worker.watch_drafting` is for the V1 runner.
 
     This runner has promised the scheduler its drafts before it asks for them, so where nothing may be drafted it gets
-    guesses. Speculators without a model (n-grams) have nothing that could be stale or fail, and are asked as ever.
+    guesses. vLLM's own speculators run their models at `K = 0` too, and are not asked then either. Those without a
+    model (n-grams) have nothing that could be stale or fail, and are asked as ever.
     """
     speculator = runner.speculator
     if getattr(speculator.propose, "rollout_spec", False):
@@ -95,7 +97,7 @@ def watch_proposing(
     @functools.wraps(propose)
     def watched(input_batch: Any, *args: Any, **options: Any) -> Any:
         count = options.get("num_speculative_tokens")
-        if not guesses or count == 0 or options.get("dummy_run"):
+        if not guesses or options.get("dummy_run"):
             return propose(input_batch, *args, **options)
         if allowed():
             try:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rollout_spec.contracts import RolloutSpecError, invalid
 from rollout_spec.integrations.vllm.compat_v2 import watch_proposing
-from rollout_spec.integrations.vllm.hidden_states import capturing
-from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
+from rollout_spec.integrations.vllm.hidden_states import capturing, show
+from rollout_spec.integrations.vllm.options import DRAFT_PREFIX, is_self_drafter, options_of
 from rollout_spec.integrations.vllm.sampling import rebind
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _POLICY = "rollout_spec_policy"
 _CHUNK = 512  # tokens of one plain pass
-_DRAFTER_PREFIX = "draft_model."
 
 
 def attach_policy(runner: Any, policy: WorkerPolicy) -> None:
@@ -82,30 +81,65 @@ def watch_drafting(
 
     `told` gets the scheduler's figures of every step, which travel with its output.
 
-    vLLM lets an exception in a drafter end the engine. Wraps the method of this one runner; `K = 0` in the scheduler's
-    output is vLLM's own way to say that nothing is to be drafted.
+    vLLM lets an exception in a drafter end the engine, and runs the models of its own drafters at `K = 0` too. So the
+    drafter's own method is wrapped beside the runner's, and one that raised is not run again before `allowed` has said
+    yes. With several ranks it does end the engine: those that stop alone leave the others waiting for them.
     """
     if hasattr(runner, "speculator"):
         watch_proposing(runner, allowed, failed, told)
         return
     if getattr(runner.propose_draft_token_ids, "rollout_spec", False):
         return
-    propose = runner.propose_draft_token_ids
+    propose, drafter = runner.propose_draft_token_ids, runner.drafter
+    alone = runner.vllm_config.parallel_config.tensor_parallel_size == 1
+    raised = False
+
+    def guarded(*args: Any, **options: Any) -> Any:
+        nonlocal raised
+        if not raised:
+            try:
+                return type(drafter).propose(drafter, *args, **options)
+            except Exception as error:
+                if not alone:
+                    raise
+                raised = True
+                failed(error)
+        else:
+            show(runner, options)
+        drafter._last_draft_probs = None
+        none = no_drafts(runner, options.get("num_speculative_tokens", args[0] if args else 0))
+        if runner.speculative_config.method == "ngram_gpu":  # how many of them count is returned too
+            return none, torch.zeros(len(none), dtype=torch.int32, device=runner.device)
+        return none
 
     def watched(scheduler_output: Any, *args: Any, **options: Any) -> Any:
+        nonlocal raised
         figures = getattr(scheduler_output, "rollout_spec", None)
         if figures is not None:
             told(figures)
-        if scheduler_output.num_spec_tokens_to_schedule == 0 or allowed():
-            try:
-                return propose(scheduler_output, *args, **options)
-            except Exception as error:
-                failed(error)
+        wanted, usable = scheduler_output.num_spec_tokens_to_schedule, allowed()
+        raised = raised and not usable
+        if usable or not wanted:
+            return propose(scheduler_output, *args, **options)
+        # vLLM's own way to say that nothing is to be drafted.
         scheduler_output.num_spec_tokens_to_schedule = 0
-        return propose(scheduler_output, *args, **options)
+        propose(scheduler_output, *args, **options)
+        runner._draft_probs = runner._draft_prob_req_ids = None
+        return no_drafts(runner, wanted)
 
     watched.rollout_spec = True  # type: ignore[attr-defined]
-    runner.propose_draft_token_ids = watched
+    runner.propose_draft_token_ids, drafter.propose = watched, guarded
+
+
+def no_drafts(runner: Any, wanted: int) -> Tensor | list[list[int]]:
+    """What the V1 runner takes from a drafter that drafts nothing, where `wanted` tokens a request were asked for.
+
+    Scheduled asynchronously, the next step expects as many: they are token 0, which is judged as any other guess.
+    """
+    batch = runner.input_batch.num_reqs
+    if not runner.use_async_scheduling:
+        return [[] for _ in range(batch)]
+    return torch.zeros(batch, wanted, dtype=torch.int64, device=runner.device)
 
 
 def skip_idle_drafting(module: ModuleType) -> None:
@@ -345,7 +379,7 @@ def _pass(
     for group in runner.attn_groups[0]:
         built = group.get_metadata_builder(0).build(0, common)
         for name in group.layer_names:
-            for layer in (name, _DRAFTER_PREFIX + name):
+            for layer in (name, DRAFT_PREFIX + name):
                 metadata[layer], mapping[layer] = built, slots
     with set_forward_context(
         metadata,

@@ -127,7 +127,8 @@ class Decisions:
     Args:
         policy: Decides; one that does not calibrate itself gets no times from mixed or disturbed steps either.
         drafter: Its name in the policy's costs, or None if nothing can draft.
-        lengths: Draft lengths the runner can run at full speed, 0 among them; others are rounded down.
+        lengths: Draft lengths the runner can run at full speed, 0 among them; others are rounded down, or up to the
+            shortest where that is at most twice as long.
         least_acceptance: A drafter accepted less than this, over the last `WATCH_TOKENS` tokens tried, is set aside.
         late: Whether steps end before their drafts are made, so that these fall into the next one's time.
         history: Whether `decide` is told what history matches.
@@ -215,7 +216,7 @@ class Decisions:
         if plan.speculates and plan.drafter is None and matches is not None:
             drafter = HISTORY
         elif plan.speculates and state.drafters:
-            length = max(x for x in self.lengths if x <= plan.draft_lengths.max())
+            length = self._nearest(int(plan.draft_lengths.max()), int(state.allowed.max()) - 1)
             drafter = self.drafter if length else None
         seconds = time.perf_counter() - began
         self._planned = None
@@ -316,6 +317,12 @@ class Decisions:
         """The weights have changed."""
         self.set_aside, self._tried, self._accepted = None, 0, 0
         self.policy.after_update()
+
+    def _nearest(self, length: int, most: int) -> int:
+        shorter = [x for x in self.lengths if 0 < x <= length]
+        return (
+            shorter[-1] if shorter else next((x for x in self.lengths if 0 < x <= min(2 * length, most)), 0)
+        )
 
     def _counted(self, decision: Decision) -> Decision:
         self._count(decision, 1)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from rollout_spec.contracts import invalid
+from rollout_spec.integrations.vllm.refusals import V1
 from rollout_spec.integrations.vllm.sampling import rebind
 
 logger = logging.getLogger("rollout_spec")
@@ -47,6 +50,7 @@ class HiddenStates:
 
 Callback = Callable[[HiddenStates], None]
 _callbacks: list[Callback] = []
+_silent: WeakSet[Any] = WeakSet()  # runners that show nobody their hidden states
 
 
 def capture(callback: Callback) -> Callable[[], None]:
@@ -58,7 +62,12 @@ def capture(callback: Callback) -> Callable[[], None]:
 
     Returns:
         Stops it.
+
+    Raises:
+        InvalidRequest: An engine here runs on vLLM's V2 runner.
     """
+    if _silent:
+        refuse_capture(callback)
     _callbacks.append(callback)
 
     def stop() -> None:
@@ -66,6 +75,22 @@ def capture(callback: Callback) -> Callable[[], None]:
             _callbacks.remove(callback)
 
     return stop
+
+
+def shows_nothing(runner: Any) -> None:
+    """Note a runner whose hidden states are not taken, or refuse it if they are wanted: InvalidRequest."""
+    if _callbacks:
+        refuse_capture(_callbacks[0])
+    _silent.add(runner)
+
+
+def refuse_capture(callback: Callback) -> None:
+    """Raise InvalidRequest: nothing would ever come."""
+    raise invalid(
+        "capture",
+        getattr(callback, "__name__", callback),
+        f"the V2 model runner's hidden states are not taken; {V1}",
+    )
 
 
 def capturing() -> bool:
@@ -95,18 +120,23 @@ def _tapped(propose: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def tapped(self: Any, *args: Any, **options: Any) -> Tensor:
         if _callbacks:
-            given = signature.bind(self, *args, **options).arguments
-            offer(
-                self.rollout_spec_runner,
-                given["target_token_ids"],
-                given["target_positions"],
-                given["target_hidden_states"],
-                given["common_attn_metadata"],
-                given.get("num_rejected_tokens_gpu"),
-            )
+            show(self.rollout_spec_runner, signature.bind(self, *args, **options).arguments)
         return propose(self, *args, **options)
 
     return tapped
+
+
+def show(runner: Any, given: Mapping[str, Any]) -> None:
+    """Give the callbacks what a proposer was `given`, by name; one that reads no hidden states has nothing for them."""
+    if _callbacks and "target_hidden_states" in given and "common_attn_metadata" in given:
+        offer(
+            runner,
+            given["target_token_ids"],
+            given["target_positions"],
+            given["target_hidden_states"],
+            given["common_attn_metadata"],
+            given.get("num_rejected_tokens_gpu"),
+        )
 
 
 def offer(

@@ -12,6 +12,7 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
+from rollout_spec.integrations.vllm.options import DRAFT_PREFIX
 from rollout_spec.policy.records import Reason
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -74,7 +75,7 @@ def drafter_kv_blocks(vllm_config: Any, kv_cache_config: Any) -> int:
         each = getattr(group.kv_cache_spec, "kv_cache_specs", {})
         for name in group.layer_names:
             number = _LAYER.search(name)
-            drafters = name.startswith("draft_model.") or (
+            drafters = name.startswith(DRAFT_PREFIX) or (
                 number is not None and int(number.group(1)) >= layers
             )
             sizes[drafters] += each.get(name, group.kv_cache_spec).page_size_bytes

@@ -1,8 +1,9 @@
 """Costs measured while serving: nothing is known of this model in this engine, so the first steps tell.
 
 In each range of batch sizes (powers of two) the first steps run in a fixed pattern of drafts. Time is that from one
-step's end to the next one's. With T(v, d) the time in which v drafts per sequence are verified and d are drafted, it
-gives, by medians and the first round thrown away,
+step's end to the next one's. With T(v, d) the time in which v drafts per sequence are verified and d are drafted, each
+0 or k (v a mean: not every request may draft, and n-grams find what they find), it gives, by medians and the first
+round thrown away,
 
     target, plain    T(0, 0)
     target, verify   T(k, 0), or T(k, k) less what drafting takes
@@ -19,7 +20,7 @@ What was measured is kept on disk, so the next engine starts with it.
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,10 @@ _LATE_PATTERN, _DROPPED = (
     (0, 0, 0, 1, 0, 1, 1, 1),
     3,
 )  # where drafts are late; the step whose drafts are dropped
+# Kinds of steps: whether one verifies anything, and whether something is drafted in its time.
+_KINDS = _PLAIN, _DRAFT, _VERIFY, _BOTH = (False, False), (False, True), (True, False), (True, True)
+_KEPT = 24  # steps of a kind, the latest
+_PATIENCE = 4 * ROUNDS  # rounds after which costs are taken from the kinds of steps there were
 STEPS, LATE_STEPS = ROUNDS * len(_PATTERN), ROUNDS * len(_LATE_PATTERN)
 LENGTH = 4  # k, where so many rows fit
 MOST_ROWS = 640  # of one verification
@@ -75,6 +80,7 @@ class SelfCalibrating:
         keep: Called with all timings when there are new ones.
         late: Whether drafts fall into the time of the step that verifies them.
         kv_share: See `fit`: the context of the first steps grows with their number and with the batch, not by itself.
+        lengths: K that can be drafted; None: all up to `longest`.
 
     Attributes:
         policy: Decides where costs are known; None before any are.
@@ -90,17 +96,19 @@ class SelfCalibrating:
         keep: Callable[[Sequence[PassTiming]], None] = lambda timings: None,
         late: bool = False,
         kv_share: float | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.drafter, self._make, self._keep, self.late = drafter, make, keep, late
         self._kv_share = kv_share
         self.dropping = False
         self._pattern = _LATE_PATTERN if late else _PATTERN
-        self._longest = longest
+        self._lengths = sorted({x for x in (lengths or range(longest + 1)) if 0 < x <= longest}) or [longest]
         self.timings = list(timings)
         self.policy = make(fit(self.timings, kv_share=kv_share)) if self.timings else None
         self._known = {x.batch.bit_length() for x in self.timings if x.kind == drafter}
         self._planned: defaultdict[int, int] = defaultdict(int)
-        self._steps: defaultdict[int, list[StepTiming]] = defaultdict(list)
+        self._seen: defaultdict[int, int] = defaultdict(int)
+        self._steps: defaultdict[int, dict[tuple[bool, bool], deque[StepTiming]]] = defaultdict(dict)
 
     def looks(self, batch: int) -> bool:
         """As the policy's; it always looks where costs are not known yet."""
@@ -134,8 +142,13 @@ class SelfCalibrating:
         bucket = step.batch.bit_length()
         if bucket in self._known:
             return
-        self._steps[bucket].append(step)
-        if len(self._steps[bucket]) >= ROUNDS * len(self._pattern):
+        self._seen[bucket] += 1
+        if self._seen[bucket] <= len(self._pattern):  # a warm-up
+            return
+        if step.settled or not self.late:
+            kind = step.verified > 0, step.drafting > 0
+            self._steps[bucket].setdefault(kind, deque(maxlen=_KEPT)).append(step)
+        if self._seen[bucket] >= ROUNDS * len(self._pattern):
             self._learn(bucket)
 
     def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
@@ -151,35 +164,40 @@ class SelfCalibrating:
             self.policy.forget(slots)
 
     def _length(self, batch: int) -> int:
-        return max(1, min(LENGTH, self._longest, MOST_ROWS // batch - 1))
+        """The longest of the lengths there are that is short enough, else the shortest."""
+        most = min(LENGTH, MOST_ROWS // batch - 1)
+        return max((x for x in self._lengths if x <= most), default=self._lengths[0])
 
     def _learn(self, bucket: int) -> None:
-        """Turn the steps of a bucket into timings; it stays unknown while a kind of step is missing."""
-        steps = self._steps[bucket][-(ROUNDS - 1) * len(self._pattern) :]
-        length = max(x.drafting for x in steps)
-        seconds: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
-        for x in steps:
-            if (
-                (x.settled or not self.late)
-                and x.verified in (0, length * x.batch)
-                and x.drafting in (0, length)
-            ):
-                seconds[x.verified // x.batch, x.drafting].append(x.seconds)
-        wanted = {(0, 0), (0, length), (length, length)} | (set() if self.late else {(length, 0)})
-        if not length or not wanted <= seconds.keys():
+        """Turn the steps of a bucket into timings; it stays unknown while nothing was verified, or not drafted.
+
+        How many drafts are verified is not in our hands: some drafters find none, and some requests take none.
+        """
+        kinds = self._steps[bucket]
+        wanted = set(_KINDS) - ({_VERIFY} if self.late else set())
+        if not wanted <= kinds.keys() and self._planned[bucket] < _PATIENCE * len(self._pattern):
             return
-        median = {kind: statistics.median(values) for kind, values in seconds.items()}
-        plain, both = median[0, 0], median[length, length]
-        drafts = [(median[0, length] - plain) / length]
-        if not self.late:
-            drafts.append((both - median[length, 0]) / length)
-        draft = max(statistics.mean(drafts), LEAST_SHARE * plain)
-        verify = max(both - length * draft, plain) if self.late else median[length, 0]
-        batch = int(statistics.median([x.batch for x in steps]))
-        kv_tokens = int(statistics.median([x.kv_tokens for x in steps]))
+        seconds = {kind: statistics.median(x.seconds for x in steps) for kind, steps in kinds.items()}
+        drafting = {kind: statistics.fmean(x.drafting for x in steps) for kind, steps in kinds.items()}
+        apart = not self.late and _VERIFY in kinds
+        verifying = kinds.get(_VERIFY if apart else _BOTH)
+        drafts = [
+            (seconds[more] - seconds[less]) / drafting[more]
+            for more, less in ((_DRAFT, _PLAIN), (_BOTH, _VERIFY))
+            if {more, less} <= kinds.keys()
+        ]
+        if _PLAIN not in kinds or not drafts or not verifying:
+            return
+        plain = seconds[_PLAIN]
+        draft = max(statistics.fmean(drafts), LEAST_SHARE * plain)
+        verify = seconds[_VERIFY] if apart else max(seconds[_BOTH] - drafting[_BOTH] * draft, plain)
+        steps = [x for kept in kinds.values() for x in kept]
+        batch = int(statistics.median(x.batch for x in steps))
+        kv_tokens = int(statistics.median(x.kv_tokens for x in steps))
+        rows = batch + max(1, round(batch * statistics.fmean(x.verified / x.batch for x in verifying)))
         self.timings += [
             PassTiming(TARGET, batch, batch, kv_tokens, plain),
-            PassTiming(TARGET, batch, batch * (1 + length), kv_tokens, verify),
+            PassTiming(TARGET, batch, rows, kv_tokens, verify),
             PassTiming(self.drafter, batch, batch, kv_tokens, draft),
         ]
         costs = fit(self.timings, kv_share=self._kv_share)
@@ -189,3 +207,4 @@ class SelfCalibrating:
             self.policy.costs = OnlineCosts(costs)  # what it knows of acceptance stays
         self._known.add(bucket)
         self._keep(self.timings)
+        del self._steps[bucket]

@@ -19,6 +19,8 @@ QUANTIZATION_PREFIX = (
     "rollout_spec_"  # of the quantization methods the plugin registers, e.g. rollout_spec_nf4
 )
 
+DRAFT_PREFIX = "draft_model."  # vLLM's, of the names of a draft model's layers
+
 
 def options_of(vllm_config: VllmConfig) -> SpeculationConfig | None:
     """The plugin's options, or None where it is not configured.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+from rollout_spec.config import SpeculationConfig
 from rollout_spec.contracts import InvalidRequest, invalid
+from rollout_spec.integrations.vllm.options import QUANTIZATION_PREFIX, is_self_drafter
 
+V1 = "set VLLM_USE_V2_MODEL_RUNNER=0 to run on the V1 runner"
 _ELSE = "use another speculative method (the policy works with all of them), or leave speculative_config out"
 
 
@@ -20,6 +23,11 @@ def refuse(vllm_config: Any) -> None:
         raise invalid(field, value, reason)
 
 
+def refuse_coupled_v2() -> NoReturn:
+    """Raise InvalidRequest: the V2 runner samples by kernels of its own."""
+    raise invalid("speculation.verifier", "coupled", f"the V2 model runner samples by its own kernels; {V1}")
+
+
 def refuse_data_parallel(vllm_config: Any) -> None:
     """Raise InvalidRequest if there are data-parallel ranks, which would not decide alike."""
     ranks = vllm_config.parallel_config.data_parallel_size
@@ -28,6 +36,33 @@ def refuse_data_parallel(vllm_config: Any) -> None:
             "every rank would decide from its own times, and ranks that disagree wait for each other for ever"
         )
         raise invalid("data_parallel_size", ranks, f"{reason}; run one engine per rank instead")
+
+
+def refuse_ignored(vllm_config: Any, options: SpeculationConfig) -> None:
+    """Raise InvalidRequest for an option that vLLM's own arguments overrule, or that nothing here carries out."""
+    speculative = vllm_config.speculative_config
+    if options.adaptive:
+        remedy = 'vLLM takes no drafter while it runs; use backend="torch", or name a trained one in speculative_config'
+        raise invalid("speculation.adaptive", True, remedy)
+    made = None
+    if is_self_drafter(vllm_config):
+        made = str(speculative.quantization).removeprefix(QUANTIZATION_PREFIX)
+    if options.drafter not in ("auto", made or "none"):
+        wanted = f"without {QUANTIZATION_PREFIX}{made}"
+        if options.drafter != "none":
+            wanted = f'with "quantization": "{QUANTIZATION_PREFIX}{options.drafter}"'
+        raise invalid(
+            "speculation.drafter",
+            options.drafter,
+            f"give a speculative_config {wanted}, which decides it (llm_arguments and serve_flags write one), or leave "
+            "the option out",
+        )
+    if speculative is not None and (options.draft_length or 0) > speculative.num_speculative_tokens:
+        raise invalid(
+            "speculation.draft_length",
+            options.draft_length,
+            f"use at most speculative_config.num_speculative_tokens={speculative.num_speculative_tokens}, or raise that",
+        )
 
 
 def check_layers(vllm_config: Any, layers: Mapping[str, Any], pairs: Mapping[str, str]) -> None:

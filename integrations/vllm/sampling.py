@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rollout_spec.contracts import invalid
 from rollout_spec.integrations.vllm.options import options_of
+from rollout_spec.integrations.vllm.refusals import refuse_coupled_v2
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -58,9 +59,7 @@ def is_coupled(vllm_config: VllmConfig) -> bool:
     if options is None or options.verifier != "coupled":
         return False
     if getattr(vllm_config, "use_v2_model_runner", False):
-        raise invalid(
-            "speculation.verifier", "coupled", "set VLLM_USE_V2_MODEL_RUNNER=0: it needs the V1 runner"
-        )
+        refuse_coupled_v2()
     method = getattr(vllm_config.speculative_config, "rejection_sample_method", "standard")
     if method != "standard":
         raise invalid("rejection_sample_method", method, 'leave it at "standard" with verifier="coupled"')
@@ -216,8 +215,11 @@ def _admit(original: Callable[..., None]) -> Callable[..., None]:
     def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         original(self, vllm_config, *args, **kwargs)
         is_coupled(vllm_config)  # raises where it cannot be
-        if options_of(vllm_config) is not None:
-            self.speculative_config = None  # read only to refuse requests
+        # Read only to refuse requests; where one may replay a trace, those that do have to be.
+        if options_of(vllm_config) is not None and not getattr(
+            vllm_config.model_config, "enable_trace_replay", False
+        ):
+            self.speculative_config = None
 
     return init
 
@@ -266,7 +268,10 @@ def _build_all_processors(original: Callable[..., Any]) -> Callable[..., Any]:
 def admit(module: ModuleType) -> None:
     """Touch `vllm.v1.engine.input_processor`: admit requests that vLLM refuses beside speculation.
 
-    `InputProcessor.speculative_config` is read only to refuse them (`SamplingParams.verify`), so it is cleared.
+    `InputProcessor.speculative_config` is read only to refuse them (`SamplingParams.verify`): those with `min_p` or
+    `logit_bias`, and those with `trace_decode_token_ids`. So it is cleared, except with `enable_trace_replay`, without
+    which vLLM refuses the last anyway: in a pass with drafts its V2 runner samples all requests by its verifier, which
+    ignores traces, those without drafts too. There `min_p` and `logit_bias` stay refused.
     """
     rebind(module.InputProcessor, "__init__", _admit)
 

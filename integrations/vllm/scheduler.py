@@ -21,8 +21,10 @@ from vllm.v1.request import RequestStatus
 from rollout_spec.contracts import invalid
 from rollout_spec.integrations.vllm.choose_policy import (
     choose_policy,
+    draft_lengths,
     drafter_name,
     drafts_late,
+    longest_beside_drafts,
     why_no_history,
 )
 from rollout_spec.integrations.vllm.decisions import Decision, Decisions, Ended, Live, Verified
@@ -30,7 +32,7 @@ from rollout_spec.integrations.vllm.fit import check_fit
 from rollout_spec.integrations.vllm.history import RequestHistory
 from rollout_spec.integrations.vllm.metrics import SchedulerMetrics, set_aside
 from rollout_spec.integrations.vllm.options import KEY, options_of
-from rollout_spec.integrations.vllm.refusals import refuse_data_parallel
+from rollout_spec.integrations.vllm.refusals import refuse_data_parallel, refuse_ignored
 from rollout_spec.integrations.vllm.sampling import may_draft
 from rollout_spec.policy.records import Matches
 from rollout_spec.vllm_backend.fast_paths import given_up_by
@@ -74,6 +76,7 @@ class PolicyScheduler(Scheduler):
                 "scheduler_cls", type(self).__name__, f"give additional_config={{{KEY!r}: {{...}}}} too"
             )
         refuse_data_parallel(vllm_config)
+        refuse_ignored(vllm_config, options)
         speculative = vllm_config.speculative_config
         if speculative is not None and speculative.method in _FIXED_LENGTH:
             raise invalid(
@@ -84,9 +87,8 @@ class PolicyScheduler(Scheduler):
         for path, why in given_up_by(vllm_config).items():
             logger.warning("no %s: %s", path, why)
         super().__init__(vllm_config, *args, **kwargs)
-        lengths: Sequence[int] = range(self.num_spec_tokens + 1)
-        if self.dynamic_sd_lookup is not None:  # those that vLLM captured graphs for
-            lengths = self.dynamic_sd_lookup[1:]
+        captured = None if self.dynamic_sd_lookup is None else self.dynamic_sd_lookup[1:]
+        lengths = draft_lengths(vllm_config, captured)
         without_history = why_no_history(vllm_config, options)
         self._history = RequestHistory(options.history_tokens) if without_history is None else None
         if options.history and without_history is not None:
@@ -94,19 +96,21 @@ class PolicyScheduler(Scheduler):
         # Not None, so that vLLM does not pad new requests with placeholders for a K that is not decided here.
         self.dynamic_sd_lookup = [0] * (self.scheduler_config.max_num_seqs + 1)
         self.decisions = Decisions(
-            choose_policy(vllm_config, options),
+            choose_policy(vllm_config, options, lengths),
             drafter_name(vllm_config),
             lengths,
             0.0 if speculative is None or "ngram" in speculative.method else options.canary_min_acceptance,
             drafts_late(vllm_config),
             self._history is not None,
         )
+        self._longest = longest_beside_drafts(vllm_config, self.max_model_len)
         self._metrics = SchedulerMetrics(vllm_config, self.kv_cache_config)
         self._decided = Decision(0)
         self._steps: deque[_Step] = deque()
         self._ended = 0.0
         self._began = 0.0
         self._untold = 0
+        self._renewed = False  # since the last step
 
     @property
     def drafting(self) -> bool:
@@ -138,6 +142,7 @@ class PolicyScheduler(Scheduler):
         if before.plan is not None:  # nothing can change it any more
             self._metrics.decided(before.plan.reason, before.longest, before.drafter)
         scheduler_output.num_spec_tokens_to_schedule = self._decided.draft_length
+        self._renewed = self._renewed and not scheduler_output.num_scheduled_tokens
         self._untold += 1
         if self._decided.state is not None or self._untold >= _TELL_EVERY:
             scheduler_output.rollout_spec = (
@@ -173,10 +178,19 @@ class PolicyScheduler(Scheduler):
         self.decisions.forget_others(self.requests)
         if not any(may_draft(self, self.requests[one.request]) for one in live):
             return Decision(0)
+        if self._too_long(scheduler_output):
+            return Decision(0)
         matches = None
         if self._history is not None and self.decisions.looks:
             matches = self._expected(self._history, live, scheduler_output.scheduled_spec_decode_tokens)
         return self.decisions.decide(live, len(self.waiting), began, matches)
+
+    def _too_long(self, scheduler_output: Any) -> bool:
+        """Whether the runner would draft zeros for every request; rejected, they would count against the drafter."""
+        return self._longest is not None and any(
+            self.requests[request_id].num_computed_tokens + count > self._longest
+            for request_id, count in scheduler_output.num_scheduled_tokens.items()
+        )
 
     def _expected(
         self, history: RequestHistory, live: Sequence[Live], drafts: Mapping[str, Sequence[int]]
@@ -268,11 +282,16 @@ class PolicyScheduler(Scheduler):
         return super()._free_request(request, *args, **kwargs)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """As vLLM's. Every weight update ends with it, so what was learnt of the drafter counts less from here on."""
-        self.decisions.after_update()
-        if self._history is not None:
-            self._history.after_update()
-        set_aside(self.vllm_config, "scheduler", False)
+        """As vLLM's. Every weight update ends with it, so what was learnt of the drafter counts less from here on.
+
+        Updates reset it several times, and so does vLLM's sleep before them: they count once between two steps.
+        """
+        if not self._renewed:
+            self._renewed = True
+            self.decisions.after_update()
+            if self._history is not None:
+                self._history.after_update()
+            set_aside(self.vllm_config, "scheduler", False)
         return super().reset_prefix_cache(*args, **kwargs)
 
 

@@ -25,13 +25,11 @@ from rollout_spec.integrations.vllm.coupled import GREEDY_BELOW
 from rollout_spec.integrations.vllm.drafter_forward import use_decoder
 from rollout_spec.integrations.vllm.hidden_states import offer
 from rollout_spec.integrations.vllm.metrics import set_aside
-from rollout_spec.integrations.vllm.options import is_self_drafter, options_of
+from rollout_spec.integrations.vllm.options import DRAFT_PREFIX, is_self_drafter, options_of
 from rollout_spec.integrations.vllm.refusals import check_layers, refuse
 from rollout_spec.sampling.verify import draw_from
 
 logger = logging.getLogger("rollout_spec")
-
-PREFIX = "draft_model."  # vLLM's, of the names of a draft model's layers
 
 
 class StockOrSelfDrafter(DraftModelProposer):
@@ -79,7 +77,7 @@ class SelfDrafter(StockOrSelfDrafter):
         """Load the drafter and let its attention layers use the target's KV cache; InvalidRequest if they cannot."""
         super().load_model(target_model)
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
-        targets = {name: name.removeprefix(PREFIX) for name in sorted(self._draft_attn_layer_names)}
+        targets = {name: name.removeprefix(DRAFT_PREFIX) for name in sorted(self._draft_attn_layer_names)}
         check_layers(self.vllm_config, layers, targets)
         for name in targets:
             layers[name].get_kv_cache_spec = lambda vllm_config: None  # so nothing is allocated for it

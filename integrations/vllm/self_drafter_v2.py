@@ -25,6 +25,8 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
 from rollout_spec.integrations.vllm.compat_v2 import guess_blindly
+from rollout_spec.integrations.vllm.metrics import set_aside
+from rollout_spec.integrations.vllm.options import DRAFT_PREFIX
 from rollout_spec.integrations.vllm.refusals import check_layers
 
 try:
@@ -34,8 +36,6 @@ except ImportError:  # before 0.32, where drafting on this runner is refused
     from vllm.v1.worker.gpu.spec_decode.draft_model.speculator import PlainDraftModelSpeculator as Stock
 
 logger = logging.getLogger("rollout_spec")
-
-PREFIX = "draft_model."  # vLLM's, of the names of a draft model's layers
 
 
 class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
@@ -56,6 +56,7 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
         self.forwards = 0
         self.graphs: Any = None
         self.set_aside: str | None = None
+        self._drafting = False
         self._targets: dict[str, str] = {}
         # Ranks that stop at different steps would wait for each other.
         self._alone = vllm_config.parallel_config.tensor_parallel_size == 1
@@ -64,12 +65,17 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
         """Load the drafter from the target's checkpoint and keep vLLM from allocating a KV cache for it."""
         super().load_model(target_model)
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
-        self._targets = {name: name.removeprefix(PREFIX) for name in sorted(self.draft_attn_layer_names)}
+        self._targets = {
+            name: name.removeprefix(DRAFT_PREFIX) for name in sorted(self.draft_attn_layer_names)
+        }
         check_layers(self.vllm_config, layers, self._targets)
         for name in self._targets:
             layers[name].get_kv_cache_spec = lambda vllm_config: None
         compute = self.model.compute_logits
-        self.model.compute_logits = lambda hidden: _finite(compute(hidden))
+        # The canary wants them as they are.
+        self.model.compute_logits = lambda hidden: (
+            _finite(compute(hidden)) if self._drafting else compute(hidden)
+        )
 
     def set_attn(
         self,
@@ -169,6 +175,7 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
                 if not self._alone or dummy_run:
                     raise
                 self.set_aside = f"it raised {type(error).__name__}: {error}"
+                set_aside(self.vllm_config, "worker", True)
                 logger.error("the self-drafter is set aside: %s", self.set_aside, exc_info=error)
         return guess_blindly(self, slots, count)
 
@@ -224,15 +231,19 @@ class SelfSpeculator(Stock):  # type: ignore[misc, valid-type]
             ends = buffers.query_start_loc[: rows + 1]
             self.block_tables.compute_slot_mappings(slots, ends, positions, rows)
         hidden = self._run_model(buffers.input_ids[:rows], positions, metadata, mapping, None)
-        sampled = self.sample_draft(
-            hidden[:rows],
-            positions,
-            slots,
-            self.temperature,
-            self.seeds,
-            self.current_draft_step,
-            self.draft_logits,
-        )
+        self._drafting = True
+        try:
+            sampled = self.sample_draft(
+                hidden[:rows],
+                positions,
+                slots,
+                self.temperature,
+                self.seeds,
+                self.current_draft_step,
+                self.draft_logits,
+            )
+        finally:
+            self._drafting = False
         tokens = torch.where(slots >= 0, sampled, 0)  # of index -1 it is whatever memory held
         drafts = self.draft_tokens[:rows]
         drafts.index_copy_(1, self.current_draft_step.view(1), tokens[:, None].to(drafts.dtype))

@@ -86,7 +86,7 @@ DRAFTER = (
         "drafter",
         f"{_PROPOSER}._sample_draft_tokens",
         "self, hidden_states, sampling_metadata",
-        why="overridden: a drafter that computes nonsense is noticed",
+        why="samples drafts from hidden states",
     ),
     touch(
         "drafter",

@@ -7,8 +7,10 @@ flight keep their tokens, recompute their cache and continue under the new polic
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 256 << 20
 _SHARED_MEMORY = Path("/dev/shm")
+_HEADER_BYTES = 1 << 20  # room for the names in a file of weights
 
 
 class HalfUpdated(WeightError):
@@ -140,13 +144,16 @@ class WeightUpdate:
         engine.collective_rpc("rollout_spec_begin_update")
 
     def _load(self, tensors: list[tuple[str, Tensor]]) -> None:
-        if not self.begun:
-            self._begin()
         if shares_process(self._engine):
-            self._engine.collective_rpc("rollout_spec_load", args=(tensors,))
+            self._hand_over(tensors)
             return
         with shared_file(tensors) as path:
-            self._engine.collective_rpc("rollout_spec_load", args=(path,))
+            self._hand_over(path)
+
+    def _hand_over(self, chunk: str | list[tuple[str, Tensor]]) -> None:
+        if not self.begun:
+            self._begin()
+        self._engine.collective_rpc("rollout_spec_load", args=(chunk,))
 
     @contextmanager
     def _undoing(self) -> Iterator[None]:
@@ -200,18 +207,31 @@ def set_version(engine: LLMEngine, version: int) -> None:
 
 @contextmanager
 def shared_file(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[str]:
-    """Path of a file with the tensors, in memory where the system has a place for that; gone afterwards.
+    """Path of a file with the tensors, in memory where the system has room for it there; gone afterwards.
 
     Workers on other machines do not see it: there, use vLLM's own weight transfer.
+
+    Raises:
+        WeightError: It cannot be written; the message names it.
     """
-    folder = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
-    descriptor, path = tempfile.mkstemp(prefix="rollout-spec-", suffix=".safetensors", dir=folder)
-    os.close(descriptor)
+    nbytes = sum(tensor.nbytes for _, tensor in tensors)
+    roomy = (
+        os.access(_SHARED_MEMORY, os.W_OK) and shutil.disk_usage(_SHARED_MEMORY).free > nbytes + _HEADER_BYTES
+    )
+    folder = _SHARED_MEMORY if roomy else Path(tempfile.gettempdir())
+    path = folder / f"rollout-spec-{uuid.uuid4().hex}.safetensors"
     try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors}, path)
-        yield path
+        try:
+            path.touch(mode=0o600, exist_ok=False)
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors}, path)
+        except (OSError, SafetensorError) as error:
+            raise WeightError(
+                f"{path}: {nbytes} bytes of weights for vLLM's workers could not be written ({error}); make room there, "
+                "or set TMPDIR to a folder that has it, or chunk_bytes to less"
+            ) from error
+        yield str(path)
     finally:
-        os.unlink(path)
+        path.unlink(missing_ok=True)
 
 
 def read_shared_file(path: str) -> list[tuple[str, Tensor]]:

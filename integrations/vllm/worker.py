@@ -128,7 +128,7 @@ class WorkerExtension:
         """Give `module:function`, importable here, the hidden states of every step: see `hidden_states.capture`.
 
         Raises:
-            InvalidRequest: There is no such function.
+            InvalidRequest: There is no such function, or the runner is vLLM's V2.
         """
         module, _, name = function.partition(":")
         try:

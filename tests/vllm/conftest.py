@@ -180,6 +180,29 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
     monkeypatch.setenv("ROLLOUT_SPEC_CACHE", str(tmp_path_factory.getbasetemp() / "rollout-spec"))
 
 
+def changed(config: Any, **fields: Any) -> Any:
+    """A configuration with other values in some (dotted) fields; what it derives from them is not derived again."""
+    inner: dict[str, dict[str, Any]] = {}
+    own = {}
+    for name, value in fields.items():
+        part, _, field = name.partition("__")
+        if field:
+            inner.setdefault(part, {})[field] = value
+        else:
+            own[part] = value
+    own |= {part: changed(getattr(config, part), **given) for part, given in inner.items()}
+    return Changed(config, own)
+
+
+class Changed:
+    def __init__(self, config: Any, own: dict[str, Any]) -> None:
+        self._config, self._own = config, own
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__["_own"]
+        return own[name] if name in own else getattr(self.__dict__["_config"], name)
+
+
 def prompts(count: int, length: int = 20) -> list[list[int]]:
     """Token ids without meaning, all different."""
     return [[(5 * i + 3 * x + x * x % 7) % 120 + 4 for x in range(length)] for i in range(count)]

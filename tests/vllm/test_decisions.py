@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from always_history import AlwaysHistory
 
+from rollout_spec.config import SpeculationConfig
 from rollout_spec.integrations.vllm import decisions as decisions_module
+from rollout_spec.integrations.vllm.arguments import _graph_table
+from rollout_spec.integrations.vllm.choose_policy import draft_lengths, longest_beside_drafts
 from rollout_spec.integrations.vllm.decisions import WATCH_TOKENS, Decision, Decisions, Ended, Live, Verified
 from rollout_spec.integrations.vllm.online_calibration import LATE_STEPS, STEPS, SelfCalibrating, StepTiming
 from rollout_spec.policy.automatic import AutomaticPolicy
@@ -117,6 +120,14 @@ def test_k_is_one_that_the_runner_has_graphs_for() -> None:
     assert decisions.decide([], 0) == Decision(0)
     assert decisions.reasons == {Reason.FIXED: 2, Reason.LAST_TOKEN: 1}
     assert decisions.draft_lengths == {4: 1, 1: 1, 0: 1}
+
+
+@pytest.mark.parametrize(("planned", "carried_out"), [(1, 0), (2, 4), (3, 4), (5, 4), (64, 8)])
+def test_k_is_rounded_up_where_there_is_none_shorter(planned: int, carried_out: int) -> None:
+    """Few sequences leave V2 few lengths: a policy that wants three tokens would otherwise never draft."""
+    decisions = Decisions(Fixed(planned), "nf4", [0, 4, 8])
+    assert decisions.decide(live("a", allowed=100), 0).draft_length == carried_out
+    assert decisions.decide(live("a", allowed=4), 0).draft_length == 0  # no more than three are of use
 
 
 def test_nobody_to_draft() -> None:
@@ -370,6 +381,61 @@ def test_each_range_of_batches_is_measured_once_and_kept() -> None:
     assert again.plan(state(200)).reason == Reason.EXPLORE
 
 
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("longest", [2, 16])
+@pytest.mark.parametrize("most", [1, 2, 4, 64])
+def test_costs_are_measured_however_few_sequences_there_may_be(most: int, longest: int, v2: bool) -> None:
+    """vLLM looks K up by batch size and so sees the first `max_num_seqs` rows of its table; the policy sees enough."""
+    arguments = _graph_table(SpeculationConfig(longest_draft=longest))
+    captured = ([k for *_, k in arguments] + [0] * most)[:most]
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=longest, num_speculative_tokens_per_batch_size=arguments
+        ),
+        use_v2_model_runner=v2,
+        model_config=SimpleNamespace(enforce_eager=False),
+    )
+    lengths = draft_lengths(config, captured)
+    assert 0 in captured and (not v2 or most == 1 or set(lengths) == set(captured))
+    calibrating = SelfCalibrating("nf4", make, longest, lengths=lengths)
+    run(Decisions(calibrating, "nf4", lengths), 1, STEPS + 5)
+    assert calibrating.policy is not None
+    assert {x.rows for x in calibrating.timings if x.kind == TARGET} == {1, 1 + min(longest, 4)}
+
+
+def test_costs_are_measured_with_a_length_that_there_is() -> None:
+    """A table of one's own may have none that is as short as the usual one."""
+    lengths = draft_lengths(
+        SimpleNamespace(
+            speculative_config=SimpleNamespace(
+                num_speculative_tokens=8, num_speculative_tokens_per_batch_size=[[1, 4, 6], [5, 8, 0]]
+            ),
+            use_v2_model_runner=False,
+        ),
+        [6] * 4,
+    )
+    calibrating = SelfCalibrating("nf4", make, 8, lengths=lengths)
+    run(Decisions(calibrating, "nf4", lengths), 1, STEPS + 5)
+    assert {x.rows for x in calibrating.timings if x.kind == TARGET} == {1, 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({}, 252),
+        ({"method": "dflash"}, 251),
+        ({"draft_model_config": SimpleNamespace(max_model_len=128)}, 124),
+        ({"quantization": "rollout_spec_nf4"}, None),
+    ],
+)
+def test_how_long_sequences_may_be_beside_drafts(changes: dict[str, object], longest: int | None) -> None:
+    speculative = {"method": "ngram", "num_speculative_tokens": 4, "draft_model_config": None} | changes
+    config = SimpleNamespace(speculative_config=SimpleNamespace(**speculative), use_v2_model_runner=False)
+    assert longest_beside_drafts(config, 256) == longest
+    config.use_v2_model_runner = True
+    assert longest_beside_drafts(config, 256) is None
+
+
 def state(batch: int, drafters: tuple[str, ...] = ("nf4",)) -> StepState:
     ones = np.ones(batch, np.int64)
     return StepState(np.arange(batch), ones * 100, ones * 50, ones * 1000, drafters)
@@ -381,6 +447,46 @@ def test_nothing_is_learnt_before_every_kind_of_step_was_seen() -> None:
         calibrating.observe_step(StepTiming(4, 0, 0, 400, 0.003))
     assert calibrating.policy is None and not calibrating.timings
     assert calibrating.plan(state(4, ())).reason == Reason.NO_DRAFTER
+
+
+@pytest.mark.parametrize("found", [0.05, 0.6])
+def test_costs_are_measured_with_a_drafter_that_finds_what_it_finds(found: float) -> None:
+    """N-grams draft for some requests, as far as they match; and one request in a batch may not draft at all."""
+    chance = np.random.default_rng(3)
+    calibrating = SelfCalibrating("nf4", make, 8)
+    decisions, verified = Decisions(calibrating, "nf4", range(9)), 0
+    for _ in range(1000):
+        if calibrating.policy is not None:
+            break
+        asked = decisions.decide(live("a", "b", "c", "d", allowed=10_000), 0).draft_length
+        seconds = true_seconds(4, verified, asked, 400)
+        calibrating.observe_step(StepTiming(4, verified, asked, 400, seconds))
+        verified = int((chance.integers(1, 5, 4) * (chance.random(4) < found)).sum()) if asked else 0
+    assert calibrating.policy is not None and not calibrating._steps
+    assert 4 < calibrating.timings[1].rows < 20
+    for timing in calibrating.timings:
+        rows = timing.rows if timing.kind == TARGET else 4
+        assert timing.seconds == pytest.approx(TRUE.passes[timing.kind].seconds(4, rows, 400), rel=0.1)
+
+
+def test_steps_are_not_kept_for_ever() -> None:
+    calibrating = SelfCalibrating("nf4", make, 8)
+    for turn in range(50 * STEPS):  # drafts are asked for, and none come
+        calibrating.observe_step(StepTiming(4, 0, 4 * (turn % 2), 400, 0.003))
+    assert calibrating.policy is None
+    assert sum(len(kept) for kinds in calibrating._steps.values() for kept in kinds.values()) < 100
+
+
+def test_costs_come_from_the_kinds_of_steps_there_are() -> None:
+    """Of those wanted, one does not come here: steps that draft without verifying. It is waited for while drafts are asked for."""
+    calibrating = SelfCalibrating("nf4", make, 8)
+    for turn in range(50 * STEPS):
+        calibrating.observe_step(StepTiming(4, 16 * (turn % 2), 0, 400, 0.1))
+    for turn in range(50 * STEPS):
+        calibrating.plan(state(4))
+        kind = ((0, 0, 0.004), (16, 0, 0.006), (16, 4, 0.010))[turn % 3]
+        calibrating.observe_step(StepTiming(4, *kind[:2], 400, kind[2]))
+    assert [x.seconds for x in calibrating.timings] == pytest.approx([0.004, 0.006, 0.001])
 
 
 def test_whole_steps_are_enough_to_correct_both_costs() -> None:

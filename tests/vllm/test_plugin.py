@@ -17,7 +17,7 @@ from rollout_spec.integrations.vllm import compat, plugin
 from rollout_spec.integrations.vllm.arguments import SCHEDULER, llm_arguments, serve_flags
 from rollout_spec.integrations.vllm.options import KEY
 from rollout_spec.integrations.vllm.refusals import check_layers, refuse
-from tests.vllm.conftest import POLICY, Engines, prompts
+from tests.vllm.conftest import POLICY, Engines, changed, prompts
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -148,29 +148,6 @@ def test_an_engine_that_does_not_ask_is_stock(engines: Engines) -> None:
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-def changed(config: Any, **fields: Any) -> Any:
-    """A configuration with other values in some (dotted) fields; what it derives from them is not derived again."""
-    inner: dict[str, dict[str, Any]] = {}
-    own = {}
-    for name, value in fields.items():
-        part, _, field = name.partition("__")
-        if field:
-            inner.setdefault(part, {})[field] = value
-        else:
-            own[part] = value
-    own |= {part: changed(getattr(config, part), **given) for part, given in inner.items()}
-    return Changed(config, own)
-
-
-class Changed:
-    def __init__(self, config: Any, own: dict[str, Any]) -> None:
-        self._config, self._own = config, own
-
-    def __getattr__(self, name: str) -> Any:
-        own = self.__dict__["_own"]
-        return own[name] if name in own else getattr(self.__dict__["_config"], name)
-
-
 @pytest.mark.parametrize(
     ("field", "value", "reason"),
     [
@@ -244,7 +221,7 @@ def test_arguments_switch_everything_on() -> None:
     lengths = [
         k for *_, k in llm_arguments("a/model")["speculative_config"]["num_speculative_tokens_per_batch_size"]
     ]
-    assert lengths == [16, 12, 8, 6, 4, 3, 2, 1, 0]
+    assert lengths == [0, 4, 8, 2, 1, 6, 12, 3, 16, 0]
     with pytest.raises(InvalidRequest, match="unknown option"):
         llm_arguments("a/model", {"drafters": "nf4"})
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from small_engines import DRAFTER
 
 from rollout_spec.contracts import InvalidRequest
@@ -16,12 +18,13 @@ from rollout_spec.integrations.vllm.choose_policy import calibration_key, choose
 from rollout_spec.integrations.vllm.online_calibration import LATE_STEPS, STEPS, SelfCalibrating
 from rollout_spec.integrations.vllm.options import KEY, options_of
 from rollout_spec.integrations.vllm.refusals import refuse_data_parallel
+from rollout_spec.integrations.vllm.weights import update_weights
 from rollout_spec.policy import calibration
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import Fixed, Off
 from rollout_spec.policy.cost_model import CostModel
 from rollout_spec.policy.records import Reason
-from tests.vllm.conftest import POLICY, SMALL, Engine, Engines, prompts, run_apart
+from tests.vllm.conftest import POLICY, SMALL, Engine, Engines, changed, prompts, run_apart
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -55,12 +58,46 @@ def test_costs_are_measured_in_the_first_steps_and_kept(
     assert decisions.reasons[Reason.EXPLORE] < STEPS
 
 
+def test_costs_are_kept_for_what_they_depend_on(engine: Engine) -> None:
+    """An engine that differs in one of these starts with costs of its own."""
+    self_drafted = engine.config
+    other = changed(self_drafted, speculative_config__quantization=None)
+    keys = [
+        calibration_key(x)
+        for x in (
+            self_drafted,
+            changed(self_drafted, model_config__quantization="fp8"),
+            changed(self_drafted, cache_config__cache_dtype="fp8"),
+            changed(self_drafted, attention_config__backend="FLASHINFER"),
+            changed(self_drafted, additional_config={KEY: {"quantize_lm_head": False}}),
+            other,
+            changed(other, speculative_config__model="another/head"),
+        )
+    ]
+    assert len({json.dumps(key, sort_keys=True) for key in keys}) == len(keys)
+    assert calibration_key(changed(self_drafted, speculative_config__model="elsewhere")) == keys[0]
+
+
 def test_requests_that_end_leave_nothing_behind(engine: Engine) -> None:
     decisions = engine.scheduler.decisions
     engine.generate(prompts(12), 10)
     assert not engine.scheduler._steps
     decisions.forget_others(())
     assert not decisions._slots
+
+
+def test_an_update_is_heard_of_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It resets the prefix cache twice, and each time counted what was learnt of the drafter for less."""
+    heard: list[int] = []
+    monkeypatch.setattr(engine.scheduler.decisions, "after_update", lambda: heard.append(1))
+    engine.generate(prompts(1), 4)
+    update_weights(engine.llm, load_file(f"{POLICY}/model.safetensors").items())
+    assert heard == [1]
+    engine.llm.reset_prefix_cache()
+    assert heard == [1]
+    engine.generate(prompts(1), 4)
+    engine.llm.reset_prefix_cache()
+    assert heard == [1, 1]
 
 
 N_GRAM = """
@@ -109,6 +146,17 @@ def test_the_policy_runs_over_other_drafters(tmp_path: Path) -> None:
     assert (drafter, scheduler) == ("ngram", "PolicyScheduler") and on == off
     assert set(result["lengths"]) <= {"0", "1", "2", "3"} and result["lengths"]["3"] > 5
     assert result["drafted"][0] == result["drafted"][1] > 20
+
+
+def test_one_sequence_at_a_time(engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's table of K by batch size has one entry then; costs are measured and drafts verified all the same."""
+    monkeypatch.setenv("ROLLOUT_SPEC_CACHE", str(tmp_path))
+    engine = engines(**llm_arguments(POLICY, {"drafter": DRAFTER, "history": False}), max_num_seqs=1)
+    drafted, _ = engine.counters()
+    engine.generate(prompts(1), 120)
+    policy = engine.scheduler.decisions.policy
+    assert isinstance(policy, SelfCalibrating) and {x.batch for x in policy.timings} == {1}
+    assert engine.counters()[0] > drafted
 
 
 def test_plain_decoding_without_a_drafter(engines: Engines) -> None:
@@ -206,6 +254,18 @@ class TestAsynchronous:
             [7, 1, 2, 3],
         ]
         assert not scheduler._steps and scheduler.decisions.draft_lengths == {3: 1, 1: 1, 0: 2}
+
+    def test_beside_a_sequence_near_the_end_nobody_drafts(self, scheduler: Any) -> None:
+        """vLLM's V1 runner would draft zeros for the whole batch, which say nothing of a stock drafter."""
+        scheduler._longest = 16
+        for name, length in (("a", 10), ("b", 14)):
+            scheduler.add_request(self.request(name, length))
+        first = scheduler.schedule()
+        assert first.num_spec_tokens_to_schedule == 3
+        second = scheduler.schedule()  # "b" may have 18 tokens by its end
+        assert second.num_spec_tokens_to_schedule == 0
+        scheduler.update_from_output(first, self.output(first, {"a": [7], "b": [7]}))
+        scheduler.update_from_output(second, self.output(second, {"a": [7], "b": [7]}))
 
     def test_late_drafts_are_timed_without_being_verified(self, scheduler: Any) -> None:
         """One step of a round drafts, and the next one verifies nothing; costs are known after it."""

@@ -170,6 +170,16 @@ def test_a_draft_model(engines: Engines, tmp_path: Path, collected: Collector) -
     assert compare(engine, collected, [-1]) < 1e-4
     blocks = engine.config.cache_config.num_gpu_blocks
     assert metric("drafter_kv_blocks") == blocks  # as many layers as the target's
+    assert _in_step_with_vllm(engine)
+
+
+def _in_step_with_vllm(engine: Engine) -> bool:
+    """Whether nothing is verified where vLLM makes zeros of a batch's drafts, near `max_model_len`; and just before it is."""
+    seen = [engine.counters()[0]]
+    for length in (253, 251):
+        engine.generate(prompts(1, length), 256 - length)
+        seen.append(engine.counters()[0])
+    return seen[0] == seen[1] < seen[2]
 
 
 def test_an_eagle3_head(engines: Engines, tmp_path: Path, collected: Collector) -> None:
@@ -180,6 +190,29 @@ def test_an_eagle3_head(engines: Engines, tmp_path: Path, collected: Collector) 
     assert compare(engine, collected, [1, 2, 3]) < 1e-5
     blocks = engine.config.cache_config.num_gpu_blocks
     assert metric("drafter_kv_blocks") == round(blocks / 4)  # one layer beside four
+
+
+def test_a_head_that_raises_costs_nothing_but_speed(
+    engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM runs it in every step, to draft nothing too, so it is not run again."""
+    engine = engines(**stock("eagle3", eagle3_head(tmp_path / "head")))
+    assert state(engine)["drafts"]
+    engine.scheduler.decisions.policy = Fixed(3)
+    before, expected = engine.counters(), engine.generate(PROMPTS, LENGTHS)
+    assert engine.counters() > before
+    calls = []
+
+    def broken(**given: Any) -> None:
+        calls.append(1)
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(engine.drafter, "set_inputs_first_pass", broken)
+    before = engine.counters()
+    assert engine.generate(PROMPTS, LENGTHS) == expected
+    assert calls == [1] and engine.counters() == before
+    assert state(engine)["reports"][-1]["cause"] == "raised" and not state(engine)["drafts"]
+    assert metric("drafter_set_aside", by="worker") == 1
 
 
 class TestSelfDrafter:

@@ -448,11 +448,15 @@ def test_a_draft_one_place_off_is_seen(dry, monkeypatch):
     assert step(dry, (0, A, 1, 1))[0].tolist() != continuation(A, 3)
 
 
-def test_a_drafter_that_raises_is_set_aside_and_its_guesses_are_judged_as_guesses(dry, monkeypatch, caplog):
+def test_a_drafter_that_raises_is_set_aside_and_its_guesses_are_judged_as_guesses(
+    dry, v2, monkeypatch, caplog
+):
+    told = []
+    monkeypatch.setattr(v2.ours, "set_aside", lambda config, by, aside: told.append((by, aside)))
     with monkeypatch.context() as broken:
         broken.setattr(dry.speculator.model, "forward", lambda **given: 1 / 0)
         drafts = step(dry, (2, A, 0, 1), (0, B, 0, 1), num_speculative_tokens=2)
-    assert "set aside: it raised ZeroDivisionError" in caplog.text
+    assert "set aside: it raised ZeroDivisionError" in caplog.text and told == [("worker", True)]
     for again in range(2):
         assert drafts[:, :2].tolist() == [[0, 0], [0, 0]], again
         q = dry.speculator.draft_logits[[2, 0], :2].softmax(-1)
@@ -494,14 +498,58 @@ def test_a_drafter_that_may_not_draft_leaves_guesses(dry, monkeypatch):
         assert [type(error) for error in failures] == [ZeroDivisionError]
 
 
-def test_nonsense_from_the_drafter_becomes_a_distribution(dry):
-    """Were q not a number, the verifier's residual would be none either."""
+def test_a_stock_speculator_that_raises_is_not_run_at_k_0():
+    """vLLM's own run their models there too, and would raise once more."""
+    from rollout_spec.integrations.vllm.compat_v2 import watch_proposing
+
+    def propose(input_batch, num_speculative_tokens):
+        calls.append(num_speculative_tokens)
+        raise ZeroDivisionError("on purpose")
+
+    calls, failures, drafts = [], [], torch.full((4, 3), 7)
+    speculator = Record(
+        propose=propose, draft_logits=torch.zeros(4, 3, 9), draft_tokens=drafts, num_speculative_steps=3
+    )
+    parallel = Record(tensor_parallel_size=1)
+    runner = Record(
+        speculator=speculator, execute_model=lambda: None, vllm_config=Record(parallel_config=parallel)
+    )
+    watch_proposing(runner, lambda: not failures, failures.append, lambda figures: None)
+    batch = Record(num_reqs=2, idx_mapping=torch.tensor([2, 0]))
+    for count in (0, 2, 0):
+        assert speculator.propose(batch, num_speculative_tokens=count).shape == (2, 3)
+    assert calls == [0] and [type(error) for error in failures] == [ZeroDivisionError]
+    assert drafts[:2].tolist() == [[0, 0, 7]] * 2
+    parallel.tensor_parallel_size = 2
+    speculator.propose = propose
+    failures.clear()
+    watch_proposing(runner, lambda: not failures, failures.append, lambda figures: None)
+    with pytest.raises(ZeroDivisionError):
+        speculator.propose(batch, num_speculative_tokens=0)
+
+
+def test_nonsense_from_the_drafter_becomes_a_distribution(dry, monkeypatch):
+    """Were q not a number, the verifier's residual would be none either. The canary sees it as it is."""
     logits = torch.tensor(
         [[torch.nan, 1.0, 2.0], [torch.inf, 1.0, 2.0], [-torch.inf, 1.0, 2.0], [-torch.inf] * 3]
     )
+    assert torch.equal(
+        dry.speculator.model.compute_logits(logits.clone()).nan_to_num(7.0), logits.nan_to_num(7.0)
+    )
+    monkeypatch.setattr(dry.speculator, "_drafting", True)
     given = dry.speculator.model.compute_logits(logits.clone())
     assert given.softmax(-1).isfinite().all()
     assert given[2].tolist() == logits[2].tolist() and not given[[0, 1, 3]].any()
+
+
+def test_drafts_of_nonsense_come_from_a_distribution(dry, monkeypatch):
+    monkeypatch.setattr(
+        dry.speculator.model,
+        "forward",
+        lambda **given: torch.full((len(given["input_ids"]), VOCAB), torch.nan),
+    )
+    step(dry, (2, A, 0, 1), num_speculative_tokens=2)
+    assert not dry.speculator.draft_logits[2, :2].any() and not dry.speculator._drafting
 
 
 @pytest.fixture
@@ -546,6 +594,24 @@ def test_what_the_v2_runner_cannot_do_is_refused_at_start(runner, v2):
     config.additional_config, before = {}, len(runner.made)
     runner.module.GPUModelRunner(config, "cpu")
     assert len(runner.made) == before + 1
+
+
+def test_hidden_states_are_refused_rather_than_never_seen(runner, v2, monkeypatch):
+    from rollout_spec.contracts import InvalidRequest
+    from rollout_spec.integrations.vllm import compat_v2, hidden_states
+
+    monkeypatch.setattr(compat_v2, "refuse_v2", lambda config, module: None)
+    refused = pytest.raises(InvalidRequest, match=r"capture='print'.*VLLM_USE_V2_MODEL_RUNNER=0")
+    config = stand_in_config({})
+    stop = hidden_states.capture(print)
+    with refused:
+        runner.module.GPUModelRunner(config, "cpu")
+    stop()
+    made = runner.module.GPUModelRunner(config, "cpu")
+    with refused:
+        hidden_states.capture(print)
+    del made
+    hidden_states.capture(print)()
 
 
 @pytest.mark.skipif("ROLLOUT_SPEC_DRY" in os.environ, reason="this is the run over the newest release")
