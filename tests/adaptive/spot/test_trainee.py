@@ -35,6 +35,12 @@ def make(kind: str = "eagle", **options: Any) -> tuple[ServedEngine, DrafterTrai
     return served, DrafterTrainee.begin(served, CONFIG, **{"batch_tokens": 64, "held_out": 3} | options)
 
 
+def begin(served: ServedEngine, *args: Any, **options: Any) -> DrafterTrainee:
+    """A trainee in the place of whoever was there."""
+    served.engine.backend.on_finished = None
+    return DrafterTrainee.begin(served, *args, **options)
+
+
 def roll_out(served: ServedEngine, name: str = "a") -> list[list[int]]:
     texts = prompts(8)
     done = served.engine.generate(texts, PARAMS, request_ids=[f"{name}-{i}" for i in range(len(texts))])
@@ -63,7 +69,7 @@ def test_idle_time_makes_a_better_drafter_and_changes_no_token(kind: str) -> Non
 
 def test_what_is_published_is_the_average_if_one_is_kept() -> None:
     served, _ = make()
-    trainee = DrafterTrainee.begin(served, replace(CONFIG, average=0.9), batch_tokens=64, held_out=3)
+    trainee = begin(served, replace(CONFIG, average=0.9), batch_tokens=64, held_out=3)
     roll_out(served)
     for _ in range(5):
         trainee.micro_step()
@@ -169,7 +175,7 @@ def test_mistakes_are_errors(options: dict[str, Any], named: str) -> None:
 def test_a_served_engine_without_a_spec_cannot_be_trained_for() -> None:
     engine = make_engine(make_model())
     with pytest.raises(InvalidRequest, match="spec"):
-        DrafterTrainee.begin(ServedEngine(engine))
+        begin(ServedEngine(engine))
 
 
 def test_an_episode_says_which_policy_it_is_of() -> None:
@@ -203,7 +209,7 @@ def test_from_a_checkpoint_drafters_of_its_shape_are_published(
     tokens = torch.arange(spec.draft_vocab_size) if spec.own_head else None
     folder = save(tmp_path, DrafterTrainer(EagleModule(spec, tokens), trainee.trainer.target, CONFIG))
     served = ServedEngine(make_engine(make_model()), make_spec(served.engine, "eagle3"))
-    begun = DrafterTrainee.begin(served, CONFIG, folder)
+    begun = begin(served, CONFIG, folder)
     assert served.spec == begun.trainer.module.spec == spec
     served.publish(begun.candidate(), 1)
     assert served.engine.stats().adaptive == 1
@@ -213,10 +219,8 @@ def test_a_kind_that_contradicts_the_checkpoint_is_refused(tmp_path: Path) -> No
     served, trainee = make("eagle3")
     folder = save(tmp_path, trainee.trainer)
     with pytest.raises(InvalidRequest, match=r"kind='eagle': .* holds a drafter of kind 'eagle3'"):
-        DrafterTrainee.begin(ServedEngine(served.engine, make_spec(served.engine)), CONFIG, folder)
-    assert (
-        DrafterTrainee.begin(ServedEngine(served.engine), CONFIG, folder).trainer.module.spec == served.spec
-    )
+        begin(ServedEngine(served.engine, make_spec(served.engine)), CONFIG, folder)
+    assert begin(ServedEngine(served.engine), CONFIG, folder).trainer.module.spec == served.spec
 
 
 def test_from_a_checkpoint_it_goes_on_as_that_was_trained(tmp_path: Path) -> None:
@@ -226,7 +230,7 @@ def test_from_a_checkpoint_it_goes_on_as_that_was_trained(tmp_path: Path) -> Non
         trainee.trainer.module, trainee.trainer.target, replace(CONFIG, total_steps=9, relative_rate=True)
     )
     folder = save(tmp_path, trained)
-    config = DrafterTrainee.begin(served, checkpoint=folder).trainer.config
+    config = begin(served, checkpoint=folder).trainer.config
     assert config == trained.config.without_end() and config.relative_rate and config.total_steps is None
     assert usual_config().start == "layer" and usual_config(kind="eagle3") == TrainConfig()
 
@@ -234,7 +238,7 @@ def test_from_a_checkpoint_it_goes_on_as_that_was_trained(tmp_path: Path) -> Non
 def from_nothing() -> tuple[ServedEngine, DrafterTrainee]:
     """An eagle drafter trained as is usual."""
     served, _ = make()
-    return served, DrafterTrainee.begin(served, batch_tokens=64)
+    return served, begin(served, batch_tokens=64)
 
 
 def test_a_new_drafter_starts_as_the_targets_last_layer() -> None:
@@ -265,7 +269,7 @@ def test_a_budget_that_could_never_hold_what_the_start_takes_is_refused() -> Non
     with pytest.raises(
         InvalidRequest, match="budget_bytes=9000: a start as the target's last layer takes 32768"
     ):
-        DrafterTrainee.begin(served, budget_bytes=9000)
+        begin(served, budget_bytes=9000)
 
 
 def test_a_state_that_others_have_trained_is_gone_on_from() -> None:
