@@ -72,6 +72,7 @@ class TestInstalled:
         given = config("ngram", asynchronous=False)
         given.additional_config = {"rollout_spec": {}}
         given.parallel_config = SimpleNamespace(data_parallel_size=1)
+        given.speculative_config.num_speculative_tokens = 4
 
         class Reached(Exception):
             pass
