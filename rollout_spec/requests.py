@@ -118,11 +118,10 @@ class RequestReader:
                 f"max_tokens={params.max_tokens} after a prompt of {len(prompt)} tokens: the KV cache holds "
                 f"{self.kv_tokens} tokens; lower max_tokens or raise kv_cache_tokens"
             )
-        if params.stop and self.tokenizer is None:
-            raise invalid("stop", params.stop, "this engine has no tokenizer; use stop_token_ids")
-        special = [] if self.tokenizer is None else self.tokenizer.all_special_tokens
         for stop in params.stop:
-            if any(token in stop for token in special):
+            if self.tokenizer is None:
+                raise invalid("stop", params.stop, "this engine has no tokenizer; use stop_token_ids")
+            if any(token in stop for token in self.tokenizer.all_special_tokens):
                 raise invalid("stop", stop, "completions hold no special tokens; use stop_token_ids")
         vocab = self.vocab_size
         for field_name in ("stop_token_ids", "logit_bias"):

@@ -108,9 +108,8 @@ class SpotGroup:
             answers = self._answers(waiting, meanwhile, interval)
         finally:
             self._open = False
-            (over,) = self._errors(
-                [self.coordinator.tell.remote(RolloutOver())]
-            )  # no order is given after this
+            last_word = self.coordinator.tell.remote(RolloutOver())  # no order is given after this
+            (over,) = self._errors([last_word])
             rested = self._each("rest")
         if over is not None:
             self._replace_coordinator(over)

@@ -419,6 +419,19 @@ def test_sleep_gives_its_memory_back_and_waking_goes_on(model, level):
     assert engine.stats().spec.accepted > accepted
 
 
+def test_a_copy_of_the_policys_head_goes_with_the_policys_weights(model):
+    engine, _ = engine_with(model, speculation={"adaptive_quantizer": "int8"})
+    drafter = engine.backend.adaptive.drafter
+    assert drafter._lent_head is not None
+    engine.sleep(2)
+    assert drafter._lent_head is None
+    engine.update_weights(model.named_parameters())
+    engine.wake_up()
+    assert drafter._lent_head is not None
+    generate(engine)
+    assert engine.stats().spec.accepted > 0 and not engine.stats().reports
+
+
 def test_published_asleep_it_takes_no_memory_before_the_engine_wakes(model):
     engine = make_engine(model)
     spec = make_spec(engine)

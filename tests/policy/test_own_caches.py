@@ -8,12 +8,8 @@ from rollout_spec.policy.cost_model import CostModel, PassCost
 from rollout_spec.policy.own_caches import OwnCaches
 from rollout_spec.policy.records import Plan, Reason, StepOutcome, StepState
 
-COSTS = CostModel(
-    {
-        "target": PassCost(1e-3, 2e-4, 18e-3, 7e-4, 5e-8),
-        "nf4": PassCost(1e-3, 2e-4, 5e-3, 6e-4, 5e-8),
-    }
-)
+from .invented import COSTS
+
 TRAINED = PassCost(5e-4, 1e-4, 6e-4, 1e-4, 0.0)
 
 
