@@ -125,6 +125,29 @@ def test_an_engine_lost_over_an_update_is_replaced_by_one_that_has_it(make_pool:
     assert policies(pool) == [(1, 1), (1, 1)]
 
 
+def test_an_engine_that_is_silent_over_an_update_does_not_come_back_with_the_old_policy(
+    make_pool: Callable[..., Any], tmp_path: Path
+) -> None:
+    claimed = str(tmp_path / "claimed")
+
+    def fails(given: Any) -> Exception | None:
+        """The first to be given 2 takes long, and has not taken it then."""
+        import os
+
+        if float(given["w"]) != 2 or os.path.exists(claimed):
+            return None
+        os.close(os.open(claimed, os.O_CREAT))
+        time.sleep(6)
+        return RuntimeError("too late")
+
+    pool = make_pool(fails, size=1)
+    pool.update_weights(weights(1))
+    pool.timeout = 2.0
+    pool.update_weights(weights(2))
+    pool.timeout = 60
+    assert policies(pool) == [(2, 2)]
+
+
 def test_silent_engines_are_waited_for_together(make_pool: Callable[..., Any]) -> None:
     pool = make_pool(size=4)
     policies(pool)  # all have started

@@ -40,6 +40,14 @@ def test_shared_memory_is_used_where_it_has_room(folders: SimpleNamespace, free:
     assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS)
 
 
+def test_nobody_else_may_read_it_however_it_is_written(
+    folders: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "save_file", lambda tensors, path: Path(path).write_bytes(b"weights"))
+    with shared_file(TENSORS) as path:
+        assert Path(path).stat().st_mode & 0o077 == 0
+
+
 def test_a_file_that_cannot_be_written_is_named(
     folders: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
