@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rollout_spec.benchmarks.bootstrap import median_interval
 from rollout_spec.benchmarks.calibrated import calibrated
 from rollout_spec.benchmarks.degrade import degrade, perturb
 from rollout_spec.benchmarks.turns import Work, in_turns
+from rollout_spec.benchmarks.watching import Listening, Timing, adding_up
 from rollout_spec.contracts import Completion, SamplingParams, SpecCounts
 from rollout_spec.drafters.history import History
 from rollout_spec.drafters.quantize import usual_quantizer
@@ -24,11 +24,10 @@ from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import load_problems
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import EfficientRollout, Fixed, Off, TLTBandit
-from rollout_spec.policy.cost_model import CostModel, fit
+from rollout_spec.policy.cost_model import CostModel
 from rollout_spec.policy.records import PassTiming, SpeculationPolicy
 from rollout_spec.policy.simulator import makespan, simulate
-from rollout_spec.policy.workloads import Workload, acceptance_of, from_lengths
-from rollout_spec.torch_backend.calibrate import Grid, measure
+from rollout_spec.policy.workloads import Acceptance, Workload, from_lengths
 
 _LONGEST, _PROMPT = 512, 11  # tokens; prompts are 5 to 49 long, this on average
 _DEGRADED, _DEGRADED_DRAWS = (0.96, 0.90), 8
@@ -95,14 +94,14 @@ class LongTail:
                     "canary_min_acceptance": 0.0,
                 },
             )
-            for _ in range(3 + len(RULES))
+            for _ in range(3 + len(RULES) + 1)  # the last one's passes are timed
         ]
         drafter = self.engines[0].backend.weights.drafter
         assert drafter is not None
         self.drafter = drafter.name
         calibration = calibrated(self.engines[0], console)
         self.costs = calibration.cost_model
-        self._timings: list[list[PassTiming]] = []  # of passes after each draw of the first epoch
+        self._timings: list[list[PassTiming]] = []  # of passes within each draw of the first epoch
         self.results: dict[str, dict[str, Any]] = {}
         self.over: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {
@@ -114,7 +113,7 @@ class LongTail:
         self._prompts = stratified(batch, draws + _WARMUP, seed)
         self._tuning = stratified(batch, 8, seed + 1)
         self._texts: list[Completion] = []
-        self._alpha = 0.0
+        self._doubts: tuple[tuple[float, float], ...] = ()  # shares of tokens drafted, and how often accepted
         self._answers: list[Completion] = []  # of the first epoch
         self._plain: dict[str, list[list[int]]] = {}
 
@@ -132,7 +131,7 @@ class LongTail:
             },
             self._prompts,
             {ALL: History()},
-            self._measure,
+            timed=True,
         )
         self._compare("epoch 1", runs, SELF)
         self._compare("epoch 1", runs, ALL)
@@ -164,7 +163,7 @@ class LongTail:
         policies: dict[str, SpeculationPolicy],
         prompts: Sequence[str],
         history: dict[str, History] | None = None,
-        after_draw: Callable[[], None] = lambda: None,
+        timed: bool = False,
     ) -> tuple[dict[str, Rollouts], list[list[int]]]:
         runs = {name: Rollouts([], SpecCounts()) for name in policies}
         draws = len(prompts) // self.batch
@@ -178,8 +177,12 @@ class LongTail:
                 self._work(engine, policies[name], texts, ids, (history or {}).get(name))
                 for engine, name in zip(self.engines, names, strict=False)
             ]
+            timing = Timing()
+            if timed:
+                works.append(self._work(self.engines[-1], timing, texts, ids))
+                self._timings.append(timing.timings)
             with self.console.status(f"{epoch}, B={self.batch}, draw {draw + 1} of {draws}"):
-                done = dict(zip(names, in_turns(works), strict=True))
+                done = dict(zip(names, in_turns(works), strict=False))
             for name, (seconds, completions) in done.items():
                 policies[name].after_update()  # a draw is an RL step
                 if (memory := (history or {}).get(name)) is not None:
@@ -196,7 +199,6 @@ class LongTail:
                     run.spec = sum((completion.spec for completion in completions), run.spec)
                     run.differing += sum(a != b for a, b in zip(tokens, expected, strict=True))
             lengths.append([len(tokens) for tokens in self._plain[ids[0]]])
-            after_draw()
         self._report(epoch, runs)
         return runs, lengths
 
@@ -242,26 +244,23 @@ class LongTail:
             }
             self.console.print(f"{key}: {np.median(ratios):.3f} ({low:.3f}-{high:.3f})", highlight=False)
 
-    def _measure(self) -> None:
-        grid = Grid((1, 4, self.batch), (32, 256), (1, 5), 8.0)
-        self._timings.append(measure(self.engines[0].backend, grid))
-
     def _predict(self, runs: dict[str, Rollouts], lengths: list[list[int]]) -> None:
         """What the simulator makes of the same draws, given their lengths, the acceptance and what passes cost.
 
-        Machines drift within the minutes that an epoch takes: passes of a draw cost what was measured before and after it,
-        those of the first what was measured after it. The policy believes what was measured before the epoch, and has its
-        draws before the first counted one here, too.
+        How often a token is accepted, and how sure the drafter is of it, is what it was on the tuning prompts.
+
+        Machines drift within seconds: passes of a draw cost what passes of one more rollout of it took, that had its turns
+        with the others. The policy believes what was measured before the epoch, and has its draws before the first counted
+        one here, too.
 
         Args:
             runs: Of the counted draws.
             lengths: Output tokens, of all draws.
         """
-        timings = [self._timings[0], *self._timings]
-        around = [fit(before + after) for before, after in pairwise(timings)]
+        true = [adding_up(timings) for timings in self._timings]
         plain = [
             costs.target(self.batch, self.batch, 0) / self.costs.target(self.batch, self.batch, 0)
-            for costs in around[_WARMUP:]
+            for costs in true[_WARMUP:]
         ]
         self.notes["a plain pass in epoch 1 over one before"] = {
             "least": round(float(min(plain)), 4), "most": round(float(max(plain)), 4)
@@ -271,8 +270,10 @@ class LongTail:
             SELF: self._automatic(),
         }
         for name, policy in policies.items():
-            workloads = [self._workload(draw, costs) for draw, costs in zip(lengths, around, strict=True)]
-            predicted = _simulated(workloads, policy, around)[_WARMUP:]
+            workloads = [
+                self._workload(draw, *known) for draw, known in enumerate(zip(lengths, true, strict=True))
+            ]
+            predicted = _simulated(workloads, policy, true)[_WARMUP:]
             ratios = np.array(predicted) / np.array(runs[name].seconds)
             self.notes[f"simulated over measured makespan, {name}"] = {
                 "median": round(float(np.median(ratios)), 4),
@@ -298,29 +299,31 @@ class LongTail:
     # --- the best that fixed rules can do, from the simulator ------------------------------------------
 
     def _tuning_workload(self) -> list[Workload]:
-        """Rollouts on other prompts: real lengths, and the acceptance measured on them."""
-        policy = Fixed(6)
+        """Rollouts on other prompts: real lengths, and the acceptance measured on them, by how sure the drafter was."""
+        policy = Listening(Fixed(6))
         for draw in range(len(self._tuning) // self.batch):
             texts = self._tuning[draw * self.batch : (draw + 1) * self.batch]
             ids = [f"tuning-{draw}-{row}" for row in range(self.batch)]
             self._texts += in_turns([self._work(self.engines[0], policy, texts, ids)])[0][1]
-        spec = sum((completion.spec for completion in self._texts), SpecCounts())
-        self._alpha = min(float(acceptance_of(spec.acceptance, policy.draft_length)), 0.999)
-        self.notes["acceptance, self-drafter"] = round(self._alpha, 4)
+        shares, acceptance = policy.leads.shares, policy.leads.acceptance(1.0)
+        self._doubts = tuple(zip(shares.tolist(), acceptance.tolist(), strict=True))
+        self.notes["acceptance, self-drafter"] = round(float(shares @ acceptance), 4)
+        self.notes["of tokens from unsure to sure: share, acceptance"] = np.round(self._doubts, 4).tolist()
         lengths = [len(completion.token_ids) for completion in self._texts]
         return [
-            self._workload(lengths[row : row + self.batch], self.costs)
-            for row in range(0, len(lengths), self.batch)
+            self._workload(draw, lengths[row : row + self.batch], self.costs)
+            for draw, row in enumerate(range(0, len(lengths), self.batch))
         ]
 
-    def _workload(self, lengths: Sequence[int], costs: CostModel) -> Workload:
+    def _workload(self, draw: int, lengths: Sequence[int], costs: CostModel) -> Workload:
         """Decoding begins when a pass over all prompts ends."""
         count = len(lengths)
         prefilled = np.full(count, costs.target(count, count * _PROMPT, count * _PROMPT))
-        alpha = {self.drafter: self._alpha}
-        return from_lengths(
-            "rollout", np.array(lengths), prompt=_PROMPT, alpha=alpha, arrivals=prefilled, limit=_LONGEST
+        workload = from_lengths(
+            "rollout", np.array(lengths), prompt=_PROMPT, arrivals=prefilled, limit=_LONGEST
         )
+        acceptance = Acceptance(np.ones(count), doubts=self._doubts, doubts_seed=draw)
+        return replace(workload, drafters={self.drafter: acceptance}, stoppable=True)
 
     def _tune(self, workloads: list[Workload]) -> tuple[Callable[[], SpeculationPolicy], ...]:
         """The best of each family of rules, by simulated makespan over the tuning rollouts."""

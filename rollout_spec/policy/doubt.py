@@ -19,17 +19,26 @@ import numpy as np
 # Upper ends of classes of leads, in nats.
 _ENDS = np.array((0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), np.float32)
 _PRIOR_TOKENS = 2.0  # weight of the mean in a class, in tokens tried
-_MEMORY = 4000.0  # tokens over which what was seen loses weight 1/e
+_MEMORY = 4000.0
 
 
 class Leads:
     """Acceptance of one drafter by its lead: P(a draft token is accepted | those before it were, its lead).
 
     What a lead is worth changes little when the policy does, so an update takes nothing away from what was seen.
+
+    Args:
+        memory: Tokens over which what was seen loses weight 1/e.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: float = _MEMORY) -> None:
+        self._memory = memory
         self._tried, self._accepted = np.zeros((2, len(_ENDS) + 1))
+
+    @property
+    def shares(self) -> np.ndarray:
+        """How many of the tokens tried were in each class of leads, float64 [13], of 1; NaN before the first."""
+        return self._tried / self._tried.sum()
 
     def acceptance(self, mean: float) -> np.ndarray:
         """By class of leads, float64 [13]; `mean` where little was seen."""
@@ -46,7 +55,7 @@ class Leads:
         depth = np.arange(leads.shape[1])
         tried = depth < np.minimum(accepted + 1, lengths)[:, None]
         right = depth < accepted[:, None]
-        kept = np.exp(-np.count_nonzero(tried) / _MEMORY)
+        kept = np.exp(-np.count_nonzero(tried) / self._memory)
         classes, count = classes_of(leads), len(self._tried)
         self._tried = kept * self._tried + np.bincount(classes[tried], minlength=count)
         self._accepted = kept * self._accepted + np.bincount(classes[tried & right], minlength=count)

@@ -28,14 +28,16 @@ class Acceptance:
         by_depth: Factor of the first, second, ... draft token; the last one holds for all after it.
         by_output: (output position, factor) from which each factor holds, ascending.
         by_time: (seconds, factor), likewise.
-        doubts: Share of the output positions at which the drafter is in doubt, and its factor there.
+        doubts: Shares of the output positions at which the drafter is more or less in doubt, each with its factor.
+        doubts_seed: Of which positions those are.
     """
 
     rates: np.ndarray
     by_depth: tuple[float, ...] = (1.0,)
     by_output: tuple[tuple[int, float], ...] = ()
     by_time: tuple[tuple[float, float], ...] = ()
-    doubts: tuple[float, float] = (0.0, 1.0)
+    doubts: tuple[tuple[float, float], ...] = ()
+    doubts_seed: int = 0
 
     def at(self, requests: np.ndarray, positions_BK: np.ndarray, time: float) -> np.ndarray:
         """Chances [B, K] of draft tokens at these output positions, drafted at `time`."""
@@ -49,11 +51,11 @@ class Acceptance:
             starts, factors = zip(*self.by_output)
             table = np.array((1.0, *factors))
             chances = chances * table[np.searchsorted(starts, positions_BK, side="right")]
-        share, factor = self.doubts
-        if share:
-            chances = np.where(
-                uniform_noise(0, requests, positions_BK, "doubt") < share, factor * chances, chances
-            )
+        if self.doubts:
+            shares, factors = zip(*self.doubts)
+            noise = uniform_noise(self.doubts_seed, requests, positions_BK, "doubt")
+            kind = np.searchsorted(np.cumsum(shares), noise, side="right")
+            chances = chances * np.array((*factors, 1.0))[kind]
         return np.clip(chances, 0.0, 1.0)
 
 

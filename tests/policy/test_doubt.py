@@ -132,19 +132,19 @@ def rollouts(doubts, stoppable, alpha=0.999, count=10, samples=4, **options):
 
 @pytest.mark.parametrize("samples", [1, 4])
 def test_a_drafter_that_knows_its_doubts_is_faster(samples):
-    doubts = (0.08, 0.5)  # at 8 % of the positions it is right half of the time
+    doubts = ((0.08, 0.5),)  # at 8 % of the positions it is right half of the time
     ratios = rollouts(doubts, False, samples=samples) / rollouts(doubts, True, samples=samples)
     assert np.median(ratios[3:]) > 1.04
 
 
 def test_nothing_is_lost_where_drafting_hardly_pays():
-    ratios = rollouts((0.08, 0.5), False, samples=16) / rollouts((0.08, 0.5), True, samples=16)
+    ratios = rollouts(((0.08, 0.5),), False, samples=16) / rollouts(((0.08, 0.5),), True, samples=16)
     assert np.median(ratios[3:]) > 0.985
 
 
 @pytest.mark.parametrize("alpha", [0.95, 0.8, 0.3])
 def test_a_drafter_without_doubts_loses_nothing(alpha):
-    ratios = rollouts((0.0, 1.0), False, alpha) / rollouts((0.0, 1.0), True, alpha)
+    ratios = rollouts((), False, alpha) / rollouts((), True, alpha)
     assert np.median(ratios) > 0.985
 
 
