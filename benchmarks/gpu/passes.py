@@ -301,7 +301,7 @@ def _graph_steps(
         lengths = slots.length[rows]
         outputs, allowed = lengths - slots.prompt_length[rows], slots.limit[rows] - lengths
         state = StepState(rows, lengths, outputs, allowed, drafters)
-        plan = _as_captured(watched.plan(state), passes.draft_lengths)
+        plan = as_captured(watched.plan(state), passes.draft_lengths)
         block, keys = passes.block(rows, plan.draft_lengths)
         clock.start_drafting()
         drafts = passes.draft(block, keys) if plan.speculates else None
@@ -318,14 +318,15 @@ def _graph_steps(
         rows = rows[~done]
 
 
-def _as_captured(plan: Plan, draft_lengths: Sequence[int]) -> Plan:
+def as_captured(plan: Plan, draft_lengths: Sequence[int]) -> Plan:
     """The plan with drafts no longer than the longest captured loop that it fills."""
+    if not plan.speculates:
+        return plan
     longest = int(plan.draft_lengths.max())
     most = max((k for k in draft_lengths if k <= longest), default=0)
     if not most:
         return Plan.plain(len(plan.draft_lengths), plan.reason, plan.seconds)
-    shortened = np.minimum(plan.draft_lengths, most)
-    return Plan(shortened, plan.from_history, plan.drafter, plan.reason, plan.gain, plan.seconds)
+    return replace(plan, draft_lengths=np.minimum(plan.draft_lengths, most))
 
 
 class _Clock:

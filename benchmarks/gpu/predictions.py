@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from figures import figure_name
 from lab import PROMPT, Scale, cost_shape, graph_shape, hf_config, long_tail
+from passes import as_captured
 
 from rollout_spec.models.spec import ModelSpec
 from rollout_spec.policy.automatic import AutomaticPolicy
-from rollout_spec.policy.baselines import Fixed, Off, expected_emitted
+from rollout_spec.policy.baselines import Delegate, Fixed, Off, expected_emitted
 from rollout_spec.policy.cost_model import CostModel
 from rollout_spec.policy.devices import DRAFTER_EFFICIENCY, NF4, NF4_BITS, Device, ModelShape, from_datasheet
 from rollout_spec.policy.graph_plan import DRAFT, GraphCost, Kind
-from rollout_spec.policy.records import SpeculationPolicy
+from rollout_spec.policy.records import Plan, SpeculationPolicy, StepState
 from rollout_spec.policy.simulator import makespan, simulate
 from rollout_spec.policy.workloads import Workload, from_lengths
 
@@ -82,6 +85,11 @@ def _passes(device: Device, scale: Scale, size: str, spec: ModelSpec) -> dict[st
     return found
 
 
+def captured_lengths(scale: Scale) -> list[int]:
+    """K of the draft loops that rollouts have graphs for."""
+    return sorted({1, 2, *scale.draft_lengths})
+
+
 def _plain_over_round(costs: CostModel, B: int, S: int, k: int) -> float:
     """T_T / (K T_D + T_V): speedup per token emitted."""
     return costs.target(B, B, B * S) / (k * costs.draft(NF4, B, B * S) + costs.target(B, B * (k + 1), B * S))
@@ -97,18 +105,30 @@ def _rollouts(costs: CostModel, scale: Scale, size: str, seed: int) -> dict[str,
     fixed = max(scale.draft_lengths)
     outputs = long_tail(scale, seed)
     tail = _workload(outputs, TAIL_ALPHA)
-    for name, policy in policies(costs, fixed).items():
+    for name, inner in policies(costs, fixed).items():
+        policy = _Captured(inner, captured_lengths(scale))
         found[figure_name("makespan", size, via="graphs", policy=name)] = makespan(
             simulate(tail, policy, costs)
         )
     for B in scale.batches:
         for alpha in (TAIL_ALPHA, 0.0):
             work = _workload(np.full(B, scale.lone_outputs), alpha)
-            automatic = policies(costs, fixed)["automatic"]
+            automatic = _Captured(policies(costs, fixed)["automatic"], captured_lengths(scale))
             simulate(work, automatic, costs)  # measured likewise: after a first rollout, from which it learns
             plain, settled = (makespan(simulate(work, policy, costs)) for policy in (Off(), automatic))
             found[figure_name("never_slower", size, via="graphs", B=B, alpha=alpha)] = plain / settled
     return found
+
+
+class _Captured(Delegate):
+    """A policy whose plans are carried out by graphs of these draft lengths."""
+
+    def __init__(self, inner: SpeculationPolicy, draft_lengths: Sequence[int]) -> None:
+        super().__init__(inner)
+        self._draft_lengths = draft_lengths
+
+    def plan(self, state: StepState) -> Plan:
+        return as_captured(super().plan(state), self._draft_lengths)
 
 
 def _workload(outputs: np.ndarray, alpha: float) -> Workload:

@@ -9,7 +9,7 @@ import numpy as np
 from figures import Measured, Part, figure_name
 from lab import PROMPT, Lab, long_tail
 from passes import Passes, Rolled, Turns, buckets, roll
-from predictions import LONGEST, TAIL_ALPHA, costs_of, policies
+from predictions import LONGEST, TAIL_ALPHA, captured_lengths, costs_of, policies
 from timings import Bench
 
 from rollout_spec.policy.automatic import AutomaticPolicy
@@ -20,7 +20,7 @@ from rollout_spec.policy.records import PassTiming, SpeculationPolicy
 
 _CALIBRATION_ROUNDS = 3
 _PAIRS = 3
-_LEAST = 0.97  # speed over plain decoding below which the automatic policy counts as slower
+_LEAST = 0.98  # speed over plain decoding below which the automatic policy counts as slower
 
 
 @dataclass
@@ -67,7 +67,7 @@ def rig(bench: Bench, part: Part, size: str, via: str) -> Rig | None:
 def _build(bench: Bench, part: Part, lab: Lab, via: str) -> Rig | None:
     scale, drafter = bench.scale, lab.use(bench.kind(lab.size))
     context = PROMPT + max(scale.longest_output, scale.lone_outputs)
-    most, Ks = max(scale.samples, *scale.batches), sorted({1, 2, *scale.draft_lengths})
+    most, Ks = max(scale.samples, *scale.batches), captured_lengths(scale)
     batches = [*(B for B in (1, 4, 16, 64) if most > B), most]
     passes = Passes.of(lab, buckets(batches, Ks), context) if via == "graphs" else None
     timings: list[PassTiming] = []

@@ -121,7 +121,11 @@ def model_folder(options: Options) -> Path:
 
 
 def load_engine(options: Options, **speculation: Any) -> RolloutEngine:
-    """An engine that decides nothing itself (cases bring their policies) and never sets a drafter aside."""
+    """An engine that decides nothing itself (cases bring their policies) and never sets a drafter aside.
+
+    It captures no graphs: they would be for one drafter and for the draft lengths of the engine's own policy, and cases with
+    others would be compared with those.
+    """
     fixed = {"draft_length": 1, "verifier": "coupled", "canary": False, "canary_min_acceptance": 0.0}
     engine = RolloutEngine.from_pretrained(
         model_folder(options),
@@ -130,6 +134,7 @@ def load_engine(options: Options, **speculation: Any) -> RolloutEngine:
         seed=options.seed,
         max_num_seqs=max(16, options.requests * options.group),
         max_model_len=max(768, options.tokens + 256),
+        graph_bytes=0,
         speculation={"drafter": options.drafter, **fixed, **speculation},
     )
     if engine.tokenizer is None:

@@ -25,14 +25,16 @@ from rollout_spec.example_policy import load_problems
 from rollout_spec.policy.automatic import AutomaticPolicy
 from rollout_spec.policy.baselines import EfficientRollout, Fixed, Off, TLTBandit
 from rollout_spec.policy.cost_model import CostModel
-from rollout_spec.policy.records import PassTiming, SpeculationPolicy
+from rollout_spec.policy.records import HISTORY, PassTiming, SpeculationPolicy
 from rollout_spec.policy.simulator import makespan, simulate
 from rollout_spec.policy.workloads import Acceptance, Workload, from_lengths
 
 _LONGEST, _PROMPT = 512, 11  # tokens; prompts are 5 to 49 long, this on average
 _DEGRADED, _DEGRADED_DRAWS = (0.96, 0.90), 8
 _WARMUP = 2  # draws before the first counted one
-RULES = ("best fixed", "EfficientRollout rule, tuned", "TLT bandit, tuned")
+PUBLISHED = ("EfficientRollout rule, tuned", "TLT bandit, tuned")
+_RULES = ("best fixed", *PUBLISHED)
+_HISTORY_K, _HISTORY_ALONE = (4, 8), "fixed, history alone, K={} while B <= {}"
 SELF, ALL = "automatic, self-drafter", "automatic, all drafters"
 _GRID_K, _GRID_BATCH = (1, 2, 3, 4, 5, 6, 8, 10, 12), (1, 2, 4, 8, 16, 32)
 
@@ -94,7 +96,7 @@ class LongTail:
                     "canary_min_acceptance": 0.0,
                 },
             )
-            for _ in range(3 + len(RULES) + 1)  # the last one's passes are timed
+            for _ in range(3 + len(_RULES) + 1)  # the last one's passes are timed
         ]
         drafter = self.engines[0].backend.weights.drafter
         assert drafter is not None
@@ -127,7 +129,7 @@ class LongTail:
                 "plain": Off(),
                 SELF: self._automatic(),
                 ALL: self._automatic(),
-                **dict(zip(RULES, (fixed(), efficient(), bandit()), strict=True)),
+                **dict(zip(_RULES, (fixed(), efficient(), bandit()), strict=True)),
             },
             self._prompts,
             {ALL: History()},
@@ -136,7 +138,7 @@ class LongTail:
         self._compare("epoch 1", runs, SELF)
         self._compare("epoch 1", runs, ALL)
         self._predict(runs, lengths)
-        self._second_epoch(dict(zip(RULES[1:], (efficient(), bandit()), strict=True)))
+        self._second_epoch(dict(zip(_RULES, (fixed(), efficient(), bandit()), strict=True)))
 
     def degraded(self) -> None:
         """The first rollouts again, after `run`, with a drafter of which noise has made a worse one."""
@@ -215,15 +217,15 @@ class LongTail:
         return Work(engine, policy, partial(engine.generate, list(texts), params, request_ids=ids))
 
     def _compare(self, epoch: str, runs: dict[str, Rollouts], automatic: str) -> None:
-        for rule in RULES:
-            if rule in runs:
-                pairs = zip(runs[rule].seconds, runs[automatic].seconds, strict=True)
-                ratios = [other / ours for other, ours in pairs]
-                low, high = median_interval(ratios)
-                self.over[f"{epoch}, {automatic} over {rule}"] = {
-                    "median_ratio": round(float(np.median(ratios)), 4),
-                    "interval_95": [round(low, 4), round(high, 4)],
-                }
+        for rule, run in runs.items():
+            if rule in ("plain", SELF, ALL):
+                continue
+            ratios = [other / ours for other, ours in zip(run.seconds, runs[automatic].seconds, strict=True)]
+            low, high = median_interval(ratios)
+            self.over[f"{epoch}, {automatic} over {rule}"] = {
+                "median_ratio": round(float(np.median(ratios)), 4),
+                "interval_95": [round(low, 4), round(high, 4)],
+            }
 
     def _report(self, epoch: str, runs: dict[str, Rollouts]) -> None:
         plain = np.array(runs["plain"].seconds)
@@ -283,8 +285,19 @@ class LongTail:
     def _second_epoch(self, rules: dict[str, SpeculationPolicy]) -> None:
         """The same prompts again, with other noise and the same weights, and the first epoch's answers in memory.
 
-        `rules` have no use for that memory and draft with the self-drafter alone.
+        `rules` have no use for that memory and draft with the self-drafter alone. Here, where history finds most, it is
+        compared with history alone, too, in the whole rollout and in its tail.
         """
+        alone: dict[str, SpeculationPolicy] = {
+            _HISTORY_ALONE.format(k, most): Fixed(k, most, HISTORY)
+            for k, most in zip(_HISTORY_K, (self.batch, self.batch // 4), strict=True)
+        }
+        policies = {"plain": Off(), ALL: self._automatic(), **rules, **alone}
+        histories = {name: self._first_answers() for name in (ALL, *alone)}
+        runs, _ = self._epoch("epoch 2", policies, self._prompts, histories)
+        self._compare("epoch 2", runs, ALL)
+
+    def _first_answers(self) -> History:
         history = History()
         for completion in self._answers:
             tokens = np.array([completion.token_ids])
@@ -292,9 +305,7 @@ class LongTail:
             history.extend(np.zeros(1, np.int64), tokens, np.array([tokens.size]))
             history.finish(0)
         history.after_update()
-        policies = {"plain": Off(), ALL: self._automatic(), **rules}
-        runs, _ = self._epoch("epoch 2", policies, self._prompts, {ALL: history})
-        self._compare("epoch 2", runs, ALL)
+        return history
 
     # --- the best that fixed rules can do, from the simulator ------------------------------------------
 

@@ -57,13 +57,18 @@ def command(
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console()
+    speculation: dict[str, Any] = {"drafter": drafter, "verifier": verifier}
+    if (
+        not torch.cuda.is_available()
+    ):  # there graphs must be those of engines that decide, which this decides by
+        speculation["draft_length"] = TYPICAL_LENGTH
     with console.status("loading") as status:
         engine = RolloutEngine.from_pretrained(
             model,
             dtype=dtype,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
-            speculation={"drafter": drafter, "verifier": verifier, "draft_length": TYPICAL_LENGTH},
+            speculation=speculation,
         )
         grid = replace(FULL, seconds=seconds)
         timings = measure(engine.backend, grid, lambda text: status.update(f"measuring {text}"))

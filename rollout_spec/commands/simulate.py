@@ -41,8 +41,8 @@ def command(
 ) -> None:
     """Predict a rollout's makespan under a policy, and under plain decoding.
 
-    WORKLOAD is a trace file, or the name of a synthetic workload: long_tail, jumping_batch, collapsing_acceptance,
-    kv_heavy, one_straggler, uniform, many_medium, repeating.
+    WORKLOAD is a trace file, or the name of a synthetic workload: long_tail, long_tail_32k, jumping_batch,
+    collapsing_acceptance, kv_heavy, one_straggler, uniform, many_medium, repeating.
     """
     costs = _costs(cost)
     rollout = _drafted_by(_workload(workload, seed), tuple(kind for kind in costs.passes if kind != TARGET))

@@ -208,10 +208,11 @@ class AutomaticPolicy(SpeculationPolicy):
         offers = (matched, state.drafters)
         if self._held and same and offers == self._offers:
             self._held -= 1
-            if self._last is not None:
-                return self._again(self._last, room)
-            round = Round(self, state, self._weights, room, found, context, self._plain_seconds)
-            return self._carry_out(round, self._mode, None, Reason.STILL_PAYS)
+            if self._last is None:
+                round = Round(self, state, self._weights, room, found, context, self._plain_seconds)
+                return self._carry_out(round, self._mode, None, Reason.STILL_PAYS)
+            if (lengths := np.minimum(self._last.draft_lengths, room)).any():
+                return self._again(self._last, lengths)
         self._held, self._offers, self._slots = 0, offers, state.slots
         drafters = [name for name in state.drafters if name in self.acceptance]
         if not drafters and not matched:
@@ -331,12 +332,12 @@ class AutomaticPolicy(SpeculationPolicy):
             self._last = plan
         return plan
 
-    def _again(self, last: Plan, room: np.ndarray) -> Plan:
-        """Draft as far as in the last pass, where there is room; history would have to match anew for that."""
-        if (why := self._plain_for_comparison(len(room), last.gain)) is not None:
-            return Plan.plain(len(room), why, self._plain_seconds)
+    def _again(self, last: Plan, lengths: np.ndarray) -> Plan:
+        """Draft as in the last pass, `lengths` tokens; history would have to match anew for that."""
+        if (why := self._plain_for_comparison(len(lengths), last.gain)) is not None:
+            return Plan.plain(len(lengths), why, self._plain_seconds)
         reason = last.reason if last.reason is Reason.EXPLORE else Reason.STILL_PAYS
-        return replace(last, draft_lengths=np.minimum(last.draft_lengths, room), reason=reason)
+        return replace(last, draft_lengths=lengths, reason=reason)
 
     def _plain_for_comparison(self, batch: int, gain: float) -> Reason | None:
         """Why this pass is to show what plain decoding does, if it is."""

@@ -101,7 +101,7 @@ def survey(
 
     Returns:
         Draft tokens for which there is room, int64, at most `longest`; of these, what history has, int64; whether there
-        is room anywhere; context tokens of all sequences together; whether history matches anything; whether the
+        is room anywhere; context tokens of all sequences together; whether history has any; whether the
         sequences are those of before.
     """
     room, found = np.empty(len(slots), np.int64), np.zeros(len(slots), np.int64)
@@ -112,8 +112,8 @@ def survey(
         fits |= room[i] > 0
         context += lengths[i]
         if matched is not None:
-            proposed |= matched[i] > 0
             found[i] = min(matched[i], room[i])
+            proposed |= found[i] > 0
         same = same and slots[i] == slots_before[i]
     return room, found, fits, context, proposed, same
 

@@ -215,12 +215,17 @@ def long_tail(samples: int = 128, seed: int = 0) -> Workload:
     return from_lengths("long_tail", np.clip(outputs, 16, 8192).astype(np.int64))
 
 
+def long_tail_32k(samples: int = 128, seed: int = 0) -> Workload:
+    """The same four times as long, up to 32,768 tokens, as of policies that reason at length."""
+    return from_lengths("long_tail_32k", 4 * long_tail(samples, seed).outputs, limit=32_768)
+
+
 def jumping_batch(samples: int = 128, seed: int = 0) -> Workload:
-    """Waves: a fifth of the samples every few seconds, so that B falls and jumps up again."""
+    """Waves: a fifth of the samples whenever most of the last fifth are done, so that B falls and jumps up again."""
     rng = np.random.default_rng(seed)
     waves = np.sort(np.arange(samples) % 5)
     outputs = np.clip(rng.lognormal(np.log(250), 0.5, samples), 16, 2048).astype(np.int64)
-    return from_lengths("jumping_batch", outputs, arrivals=6.0 * waves)
+    return from_lengths("jumping_batch", outputs, arrivals=2.0 * waves)
 
 
 def collapsing_acceptance(samples: int = 64, seed: int = 0) -> Workload:
@@ -235,7 +240,7 @@ def collapsing_acceptance(samples: int = 64, seed: int = 0) -> Workload:
 def kv_heavy(samples: int = 24, seed: int = 0) -> Workload:
     """Few sequences with 30,000 tokens of context each: the KV cache outweighs the weights, B says otherwise."""
     rng = np.random.default_rng(seed)
-    return from_lengths("kv_heavy", rng.integers(200, 1000, samples), prompt=30_000, alpha=0.7)
+    return from_lengths("kv_heavy", rng.integers(200, 1000, samples), prompt=30_000, alpha=0.85)
 
 
 def one_straggler(samples: int = 64, seed: int = 0) -> Workload:
@@ -269,6 +274,7 @@ SYNTHETIC: dict[str, Callable[..., Workload]] = {
     builder.__name__: builder
     for builder in (
         long_tail,
+        long_tail_32k,
         jumping_batch,
         collapsing_acceptance,
         kv_heavy,

@@ -1,7 +1,7 @@
 """Measures passes of a backend: plain, drafting and verifying, at several batch sizes, contexts and draft lengths.
 
-Contexts are random tokens continued by T=1 samples, so that no two are alike; what is timed is the whole pass,
-sampling and host work included. Configurations of one batch are interleaved, and their first round is thrown away.
+A context is random tokens, of which each sequence has a copy of its own in the cache and its own T=1 continuation; what is
+timed is the whole pass, sampling and host work included. Configurations of one batch are interleaved, and their first round is thrown away.
 """
 
 from __future__ import annotations

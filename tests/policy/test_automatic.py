@@ -16,6 +16,14 @@ from rollout_spec.policy.records import HISTORY, Matches, Plan, Reason, StepOutc
 from .invented import COSTS, policy, run, seen, state
 
 
+def test_a_match_without_room_is_no_match():
+    made = policy()
+    plan = made.plan(
+        state(2, allowed=[1, 10], drafters=(), matches=Matches(np.array([4, 0]), np.array([0.9, 0.0])))
+    )
+    assert plan.reason is Reason.NO_DRAFTER
+
+
 def test_speculates_alone_and_not_in_a_crowd():
     assert policy().plan(state(1)).drafter == "nf4"
     crowd = policy(objective="throughput").plan(state(256))
@@ -303,13 +311,14 @@ def test_updates_fade_what_was_seen_of_a_drafter():
 terms = st.floats(1e-5, 1e-1)
 
 
+@pytest.mark.parametrize("objective", ["throughput", "makespan"])
 @settings(max_examples=300)
 @given(
     launch=terms, weights=terms, ratio=st.floats(0.05, 1.5), row=st.floats(1e-6, 1e-2), kv=st.floats(1e-9, 1e-6),
     batch=st.integers(1, 64), less=st.integers(1, 2000), more=st.integers(1, 20000), alpha=st.floats(0.0, 0.99),
 )  # fmt: skip
 def test_more_context_never_turns_the_self_drafter_on(
-    launch, weights, ratio, row, kv, batch, less, more, alpha
+    objective, launch, weights, ratio, row, kv, batch, less, more, alpha
 ):
     """A self-drafter reads the same cache as the target, so context makes drafting relatively dearer."""
     costs = CostModel(
@@ -320,7 +329,7 @@ def test_more_context_never_turns_the_self_drafter_on(
     )
     plans = []
     for context in (less, less + more):
-        made = policy(costs, objective="throughput", margin=0.0)
+        made = policy(costs, objective=objective, margin=0.0)
         made.acceptance["nf4"] = seen(alpha).acceptance["nf4"]
         plans.append(made.plan(state(batch, context=context)))
     assert plans[0].speculates or not plans[1].speculates
@@ -343,8 +352,11 @@ def test_higher_acceptance_never_shortens_drafts(launch, weights, ratio, row, ba
         made = policy(costs, margin=0.0)
         made.lengths.observe(np.array(lengths))
         made.acceptance["nf4"] = Known(alpha)
-        longest.append(made.plan(state(batch)).draft_lengths.max())
-    assert longest[0] <= longest[1]
+        plans = [
+            made.plan(state(batch)) for _ in range(3 * (HOLD + 1))
+        ]  # the first does not know yet what drafting gains
+        longest.append([plan.draft_lengths.max() for plan in plans])
+    assert longest[0][0] <= longest[1][0] and longest[0][-1] <= longest[1][-1]
 
 
 class Known:

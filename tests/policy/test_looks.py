@@ -38,6 +38,15 @@ def drafted(stop, limits):
     return taken.lengths.tolist()
 
 
+def test_where_those_drafted_for_have_no_more_room_it_looks_anew():
+    """The others have room, and what it had planned drafts nothing for them."""
+    made = policy()
+    first = made.plan(state(2, allowed=[400, 1]))
+    assert first.draft_lengths[0] > 0 and not first.draft_lengths[1]
+    then = made.plan(state(2, allowed=[1, 400]))
+    assert then.draft_lengths[1] > 0 and not then.draft_lengths[0]
+
+
 def test_between_looks_a_drafter_drafts_as_far_as_it_did_and_history_as_far_as_it_matches():
     made, where = policy(), state(2, allowed=[30, 4], stoppable=True)
     first = made.plan(where)

@@ -1,0 +1,46 @@
+"""`rollout-spec bench never-slower`: how it counts."""
+
+import numpy as np
+import pytest
+
+from rollout_spec.benchmarks.never_slower import _overhead, _Switching, decision_microseconds
+from rollout_spec.policy.automatic import AutomaticPolicy
+
+ON, OFF = 0.03, 0.02  # seconds of a step
+
+
+def steps(modes, after_a_switch=0.0, hiccups=0):
+    made = _Switching(4, 1, lambda: True)
+    for step, (before, on) in enumerate(zip([modes[0], *modes], modes)):
+        made.steps.append((on, (ON if on else OFF) + after_a_switch * (on != before) + (step < hiccups)))
+    return made
+
+
+@pytest.mark.parametrize("price", [0.0, 0.004])
+def test_what_a_switch_costs_shows_though_only_half_of_the_steps_follow_one(price):
+    always, never = steps(100 * [True]), steps(100 * [False])
+    for seed in range(5):
+        modes = (np.random.default_rng(seed).random(400) < 0.5).tolist()
+        switches = np.count_nonzero(np.diff(modes))
+        paid = price * switches / (sum(modes) * ON + (400 - sum(modes)) * OFF)
+        assert _overhead(always, never, steps(modes, price)) == pytest.approx(paid, rel=0.15, abs=1e-9)
+
+
+def test_a_few_steps_in_which_the_machine_did_something_else_do_not_count():
+    always, never = steps(100 * [True], hiccups=3), steps(100 * [False])
+    mixed = steps([True, False] * 100, hiccups=8)
+    assert _overhead(always, never, mixed) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_looks_are_timed_where_every_pass_has_new_sequences(changing, monkeypatch):
+    looks, value = [], AutomaticPolicy._value_of_tokens
+
+    def watched(self, *what):
+        looks.append(1)
+        return value(self, *what)
+
+    monkeypatch.setattr(AutomaticPolicy, "_value_of_tokens", watched)
+    found = decision_microseconds(changing)
+    assert set(found) == {f"B={2**b}" for b in range(8)}
+    assert (len(looks) == 400 * len(found)) is changing
