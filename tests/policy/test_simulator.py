@@ -270,7 +270,9 @@ def test_the_oracle_chooses_the_better_drafter_and_mixes_history() -> None:
     assert {"history+good", HISTORY} & modes
 
 
-@pytest.mark.parametrize("name", SYNTHETIC)
+@pytest.mark.parametrize(
+    "name", sorted(set(SYNTHETIC) - {"long_tail_32k"})
+)  # it is long_tail, four times as long
 def test_the_oracle_is_never_slower_than_off_or_any_fixed_draft_length(name: str) -> None:
     """In expectation: the oracle does not know the luck, which moves a straggler's time by 0.7 % for a given K.
 
