@@ -184,7 +184,7 @@ class LongTail:
                 works.append(self._work(self.engines[-1], timing, texts, ids))
                 self._timings.append(timing.timings)
             with self.console.status(f"{epoch}, B={self.batch}, draw {draw + 1} of {draws}"):
-                done = dict(zip(names, in_turns(works), strict=False))
+                done = dict(zip(names, in_turns(works), strict=False))  # without the one that was timed
             for name, (seconds, completions) in done.items():
                 policies[name].after_update()  # a draw is an RL step
                 if (memory := (history or {}).get(name)) is not None:

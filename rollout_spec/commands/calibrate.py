@@ -58,9 +58,7 @@ def command(
         torch.set_num_threads(threads)
     console = Console()
     speculation: dict[str, Any] = {"drafter": drafter, "verifier": verifier}
-    if (
-        not torch.cuda.is_available()
-    ):  # there graphs must be those of engines that decide, which this decides by
+    if not torch.cuda.is_available():  # there, graphs must be those of engines that decide by this
         speculation["draft_length"] = TYPICAL_LENGTH
     with console.status("loading") as status:
         engine = RolloutEngine.from_pretrained(
