@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from rollout_spec.kernels.library import kernels
 from rollout_spec.observe.report import Report
+from rollout_spec.policy.baselines import Off
+from rollout_spec.policy.records import Plan, Reason
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"
 PARTS = (
@@ -189,6 +192,20 @@ class Draws:
 def cells(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module("vllm_cells")
+
+
+def test_a_plan_is_carried_out_by_the_longest_loop_it_fills_and_learnt_from(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    predictions = importlib.import_module("predictions")
+    zeros, forecast = np.zeros(2, np.int64), object()
+
+    class Plans(Off):
+        def plan(self, state):
+            return Plan(np.array([5, 2]), zeros, "nf4", Reason.PAYS, forecast=forecast)
+
+    plan = predictions._Captured(Plans(), [1, 3, 7]).plan(None)
+    assert plan.draft_lengths.tolist() == [3, 2] and plan.forecast is forecast
+    assert not predictions._Captured(Plans(), [7]).plan(None).speculates
 
 
 def test_vllm_cells_tell_a_near_tie_from_a_fault(cells):

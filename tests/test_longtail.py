@@ -12,7 +12,7 @@ from rollout_spec.policy.baselines import Fixed
 from rollout_spec.policy.cost_model import TARGET, CostModel, PassCost, PassTiming, fit
 from rollout_spec.policy.doubt import classes_of
 from rollout_spec.policy.simulator import makespan, simulate
-from rollout_spec.policy.workloads import Acceptance, acceptance_of, from_lengths
+from rollout_spec.policy.workloads import Acceptance, from_lengths
 
 
 def timings(seconds: float) -> list[PassTiming]:
@@ -43,13 +43,6 @@ def test_to_a_simulated_policy_every_draw_is_an_rl_step_with_luck_of_its_own(mon
     seconds = _simulated([from_lengths("same", np.full(4, 200), alpha=0.7)] * 3, Fixed(3), [costs] * 3)
     assert len(updates) == 3
     assert len(set(seconds)) > 1
-
-
-@pytest.mark.parametrize("K", [1, 6])
-def test_acceptance_is_told_from_the_share_of_drafts_that_was_accepted(K):
-    drafts = np.random.default_rng(0).random((20_000, K)) < 0.9
-    share = np.cumprod(drafts, axis=1).mean()
-    assert acceptance_of(share, K) == pytest.approx(0.9, abs=0.005)
 
 
 def test_listening_tells_how_sure_the_drafter_is_and_changes_nothing():

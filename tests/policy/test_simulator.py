@@ -26,6 +26,7 @@ from rollout_spec.policy.workloads import (
     Acceptance,
     History,
     Workload,
+    acceptance_of,
     efficientrollout_qwen7b,
     from_lengths,
     from_trace,
@@ -237,6 +238,13 @@ def test_an_impossible_workload_is_refused(changes: dict, message: str) -> None:
         replace(from_lengths("w", [5]), **changes)
 
 
+@pytest.mark.parametrize("K", [1, 6])
+def test_acceptance_is_told_from_the_share_of_drafts_that_was_accepted(K: int) -> None:
+    drafts = np.random.default_rng(0).random((20_000, K)) < 0.9
+    share = np.cumprod(drafts, axis=1).mean()
+    assert acceptance_of(share, K) == pytest.approx(0.9, abs=0.005)
+
+
 # --- the oracle
 
 
@@ -270,9 +278,8 @@ def test_the_oracle_chooses_the_better_drafter_and_mixes_history() -> None:
     assert {"history+good", HISTORY} & modes
 
 
-@pytest.mark.parametrize(
-    "name", sorted(set(SYNTHETIC) - {"long_tail_32k"})
-)  # it is long_tail, four times as long
+# without long_tail_32k, which is long_tail four times as long
+@pytest.mark.parametrize("name", sorted(set(SYNTHETIC) - {"long_tail_32k"}))
 def test_the_oracle_is_never_slower_than_off_or_any_fixed_draft_length(name: str) -> None:
     """In expectation: the oracle does not know the luck, which moves a straggler's time by 0.7 % for a given K.
 
