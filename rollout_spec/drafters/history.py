@@ -95,7 +95,7 @@ class History:
         self.orders = tuple(sorted(set(orders), reverse=True))
         assert self.orders and self.orders[-1] > 0 and max_tokens > 0 and answers_per_prompt > 0
         bits = max(16, (2 * max_tokens - 1).bit_length())
-        self._table = np.zeros(1 << bits, np.int64)
+        self._table = np.full(1 << bits, 0, np.int64)  # unlike zeros, touched now, not in a pass
         self._shift, self._mask = 64 - bits, (1 << bits) - 1
         self._orders = np.array(self.orders)
         random = np.random.default_rng(0).integers(-(1 << 63), 1 << 63, (len(self.orders), self.orders[0]))
@@ -106,7 +106,9 @@ class History:
         # By slot: key and prompt, of which the group is made again if it was evicted meanwhile.
         self._live: dict[int, tuple[Hashable, np.ndarray]] = {}
         self._unindexed: list[tuple[int, np.ndarray]] = []  # texts and their tokens: prompts that are new
-        self._unread: list[np.ndarray] = []  # [B, 1] each: a token of each of `_unread_slots` [B]
+        # Of each of `_unread_slots` [B] as many tokens, [B, `_MOST_UNREAD`]. Copied: whoever keeps the arrays of every pass
+        # leaves the allocator no hole for the next.
+        self._unread, self._unread_tokens = 0, np.zeros((0, _MOST_UNREAD), np.int64)
         self._unread_slots = np.zeros(0, np.int64)
         self._tokens = self._evicted = 0
         # By slot, see `lookup`: what is kept of it, and the tokens of its latest match.
@@ -148,13 +150,16 @@ class History:
 
     def extend(self, slots: np.ndarray, tokens: np.ndarray, emitted: np.ndarray) -> None:
         """Take what a step emitted: the first `emitted[b]` of `tokens[b]`; slots [B], tokens [B, S], emitted [B]."""
-        if not goes_on(slots, self._unread_slots, emitted) or len(self._unread) == _MOST_UNREAD:
+        if not goes_on(slots, self._unread_slots, emitted) or self._unread == _MOST_UNREAD:
             self._read()
             if (emitted != 1).any():
                 self._take(slots, tokens, emitted)
                 return
             self._unread_slots = slots.copy()
-        self._unread.append(tokens[:, :1])
+            if len(self._unread_tokens) != len(slots):
+                self._unread_tokens = np.zeros((len(slots), _MOST_UNREAD), np.int64)
+        self._unread_tokens[:, self._unread] = tokens[:, 0]
+        self._unread += 1
 
     def finish(self, slot: int, keep: bool = True) -> None:
         """The sequence leaves `slot`; its answer is kept for others unless it was aborted or preempted."""
@@ -233,8 +238,8 @@ class History:
         """Take what plain passes emitted since the last look, in one go: with nothing to propose it need not be now."""
         self._index()
         if self._unread:
-            tokens, slots = np.concatenate(self._unread, 1), self._unread_slots
-            self._unread, self._unread_slots = [], slots[:0]
+            tokens, slots = self._unread_tokens[:, : self._unread], self._unread_slots
+            self._unread, self._unread_slots = 0, slots[:0]
             self._take(slots, tokens, np.full(len(slots), tokens.shape[1]), in_turn=True)
 
     def _take(

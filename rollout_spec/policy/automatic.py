@@ -546,7 +546,7 @@ class AutomaticPolicy(SpeculationPolicy):
                 tracker.discount(_FADE)
 
     def forget(self, slots: np.ndarray) -> None:
-        left = ~np.isin(self._slots, slots)
+        left = (self._slots[:, None] != slots).all(1)
         if not left.all():
             self._held = 0  # others may take their places
         self._slots = self._slots[left]

@@ -43,7 +43,7 @@ class OwnCaches:
     def forget(self, slots: np.ndarray) -> None:
         """These sequences are gone; their slots may be used again."""
         if self._names:
-            self._slots = np.setdiff1d(self._slots, slots)
+            self._slots = self._slots[(self._slots[:, None] != slots).all(1)]
 
     def clear(self) -> None:
         """All is to be read again, as after new weights."""

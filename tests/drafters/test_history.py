@@ -538,6 +538,17 @@ def test_nothing_is_proposed_where_nothing_is_allowed():
     assert h.stats().tried.sum() == 0
 
 
+def test_what_is_read_late_is_copied():
+    """Kept arrays of many passes would take the holes that the allocator has for the next pass."""
+    h, tokens = History(max_tokens=4000), np.zeros((1, 1), np.int64)
+    h.begin(0, ids(1, 2, 3))
+    for token in (7, 8, 9, 7, 8):
+        tokens[:] = token
+        h.extend(ids(0), tokens, ids(1))
+    assert h.match(ids(0), ids(1)).lengths.tolist() == [1]
+    assert h.propose(ids(0), ids(1)).tolist() == [[9]]
+
+
 def test_what_is_read_late_is_read_all_the_same():
     """Plain passes are put off until somebody looks: several sequences, some of which end meanwhile."""
     rng = np.random.default_rng(0)
