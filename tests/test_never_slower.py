@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rollout_spec.benchmarks.never_slower import _overhead, _Switching, decision_microseconds
+from rollout_spec.benchmarks.never_slower import _enough, _overhead, _Switching, decision_microseconds
 from rollout_spec.policy.automatic import AutomaticPolicy
 
 ON, OFF = 0.03, 0.02  # seconds of a step
@@ -30,6 +30,19 @@ def test_a_few_steps_in_which_the_machine_did_something_else_do_not_count():
     always, never = steps(100 * [True], hiccups=3), steps(100 * [False])
     mixed = steps([True, False] * 100, hiccups=8)
     assert _overhead(always, never, mixed) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("median", [0.9, 1.0])
+def test_comparisons_go_on_until_the_bound_is_near_the_median_wherever_that_is(median):
+    sure, unsure = [median - 0.001, median, median + 0.001] * 5, [median - 0.1, median, median + 0.1] * 5
+    assert not _enough(sure[:8], pairs=9)
+    assert _enough(sure, pairs=9)
+    assert not _enough(unsure, pairs=9)
+    assert _enough(unsure * 2, pairs=9), "more than three times as many"
+
+
+def test_where_much_is_gained_a_bound_may_be_further_off():
+    assert _enough([1.9, 2.0, 2.1] * 5, pairs=9)
 
 
 @pytest.mark.parametrize("changing", [False, True])

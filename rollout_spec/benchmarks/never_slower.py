@@ -36,7 +36,7 @@ _FEW_TOKENS, _LARGE = (
     16,
 )  # of answers in larger batches: the machine changes less during a short comparison
 _PROMPT = 20  # characters: answers to such prompts are longer than that, so that all text is the policy's own
-_LEAST_SECONDS, _MOST_TRIPLES = 20.0, 25  # short runs are repeated until they have taken as long, or as often
+_CLOSE, _MOST = 0.01, 3  # triples are added until the bound is as close to the median, up to so many times `pairs`
 _USELESS = 4.0  # relative noise on the drafter's weights that leaves nothing of it
 
 
@@ -97,17 +97,16 @@ class NeverSlower:
         for batch in self.batches:
             with self.console.status(f"{situation}, B={batch}"):
                 triples = [self._triple(automatic, batch, updates)]
-                repeats = math.ceil(_LEAST_SECONDS / sum(triples[0]))
-                for _ in range(max(self.pairs, min(repeats, _MOST_TRIPLES))):
+                while not _enough(_speedups(triples[1:]), self.pairs):
                     self.engines.append(self.engines.pop(0))
                     triples.append(self._triple(automatic, batch, updates))
-            first, speculated, second = np.array(triples).T
+            first, _, second = np.array(triples).T
             name = f"{situation}, B={batch}"
-            ratios = (first + second) / 2 / speculated
-            row = _ratios(ratios[1:])
+            before, *ratios = _speedups(triples)
+            row = _ratios(ratios)
             self.ratios[name] = row | {
-                "before": round(float(ratios[0]), 4),
-                "plain_over_plain": _ratios((first / second)[1:]),
+                "before": round(before, 4),
+                "plain_over_plain": _ratios((first / second)[1:].tolist()),
                 "triples": len(triples) - 1,
                 "tokens": _tokens(batch),
                 "plain_seconds": round(float(np.median(first[1:])), 4),
@@ -149,11 +148,24 @@ def _long_prompts(seed: int) -> Iterator[str]:
                 yield prompt
 
 
-def _ratios(values: np.ndarray) -> dict[str, float]:
+def _speedups(triples: Sequence[tuple[float, float, float]]) -> list[float]:
+    """Of each triple, mean plain time over automatic time."""
+    return [(first + second) / 2 / speculated for first, speculated, second in triples]
+
+
+def _ratios(values: Sequence[float]) -> dict[str, float]:
     """Median and interval; `lower_95` is the one-sided bound."""
-    low, high = median_interval(values.tolist(), level=0.90)
+    low, high = median_interval(values, level=0.90)
     median = float(np.median(values))
     return {"median_ratio": round(median, 4), "lower_95": round(low, 4), "upper_95": round(high, 4)}
+
+
+def _enough(speedups: Sequence[float], pairs: int) -> bool:
+    """Whether the bound is within `_CLOSE`, or half of what is gained, of the median, wherever that is; or too many."""
+    if len(speedups) < pairs:
+        return False
+    median, low = float(np.median(speedups)), median_interval(speedups, level=0.90)[0]
+    return len(speedups) >= _MOST * pairs or median - low <= max(_CLOSE, (median - 1) / 2)
 
 
 def _speculation() -> dict[str, Any]:

@@ -160,7 +160,7 @@ def longtail(
     type=click.IntRange(3),
     default=9,
     show_default=True,
-    help="Comparisons per batch size, at least.",
+    help="Comparisons per batch size, at least; up to three times as many where they vary.",
 )
 @click.option(
     "--batch", "batches", type=click.IntRange(1, 128), multiple=True, help="Only this size; may be repeated."
