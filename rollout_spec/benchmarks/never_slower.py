@@ -36,7 +36,8 @@ _FEW_TOKENS, _LARGE = (
     16,
 )  # of answers in larger batches: the machine changes less during a short comparison
 _PROMPT = 20  # characters: answers to such prompts are longer than that, so that all text is the policy's own
-_CLOSE, _MOST = 0.01, 3  # triples are added until the bound is as close to the median, up to so many times `pairs`
+_CLOSE = 0.01  # triples are added until the bound is as close to the median,
+_MOST = 3  # up to so many times `pairs`
 _USELESS = 4.0  # relative noise on the drafter's weights that leaves nothing of it
 
 
