@@ -31,10 +31,6 @@ from rollout_spec.policy.records import Matches, Plan, Reason, StepOutcome, Step
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = 64  # of every answer: all end together, which is where tokens ahead of the others are worth least
-_FEW_TOKENS, _LARGE = (
-    24,
-    16,
-)  # of answers in larger batches: the machine changes less during a short comparison
 _PROMPT = 20  # characters: answers to such prompts are longer than that, so that all text is the policy's own
 _CLOSE = 0.01  # triples are added until the bound is as close to the median,
 _MOST = 3  # up to so many times `pairs`
@@ -109,7 +105,7 @@ class NeverSlower:
                 "before": round(before, 4),
                 "plain_over_plain": _ratios((first / second)[1:].tolist()),
                 "triples": len(triples) - 1,
-                "tokens": _tokens(batch),
+                "tokens": _TOKENS,
                 "plain_seconds": round(float(np.median(first[1:])), 4),
             }
             self.console.print(
@@ -120,7 +116,7 @@ class NeverSlower:
     def _triple(self, automatic: AutomaticPolicy, batch: int, updates: bool) -> tuple[float, float, float]:
         """Seconds of plain decoding, of automatic mode and of plain decoding, on the next prompts."""
         prompts = list(islice(self._prompts, batch))
-        params = SamplingParams(max_tokens=_tokens(batch), ignore_eos=True)
+        params = SamplingParams(max_tokens=_TOKENS, ignore_eos=True)
         works = []
         for engine, policy in zip(self.engines, (Off(), automatic, Off()), strict=True):
             engine.backend.policy = policy  # the one that hears of the update
@@ -132,11 +128,6 @@ class NeverSlower:
         took = [seconds for seconds, _ in in_turns(works[first:] + works[:first])]
         plain, speculated, again = took[len(took) - first :] + took[: len(took) - first]
         return plain, speculated, again
-
-
-def _tokens(batch: int) -> int:
-    """Of every answer."""
-    return _FEW_TOKENS if batch > _LARGE else _TOKENS
 
 
 def _long_prompts(seed: int) -> Iterator[str]:

@@ -46,7 +46,9 @@ from rollout_spec.policy.records import (
 
 logger = logging.getLogger("rollout_spec")
 
-HOLD = 3  # passes between looks at the other arms: a drafter drafts as far as it did, history plans its lengths anew
+# Passes between looks at the other arms: a drafter drafts as far as it did, history plans anew, and pauses if its matches do
+# not pay.
+HOLD = 3
 _REST, _LONGEST_REST = 3, 63  # plain passes between looks while nothing changes
 _LOOKING = 0.0015  # share of the time that looks may take: rests are as long as it takes
 _CHANGE = 8  # a batch that changes by more than this part of it is another
@@ -255,9 +257,9 @@ class AutomaticPolicy(SpeculationPolicy):
             self._value_of_tokens(state, context, plain_seconds)
         if matched and 0 < plain_seconds < math.inf:
             chosen = Round(self, state, self._weights, room, found, context, plain_seconds).candidate(HISTORY)
-            together = self._known[HISTORY].together if HISTORY in self._known else 1.0
-            gain = chosen.gain * self.arbiter.correction(HISTORY, batch) * together
+            gain = self._of_history(chosen, batch)
             if gain > 1:
+                together = self._known[HISTORY].together if HISTORY in self._known else 1.0
                 forecast = forecast or _Forecast(
                     HISTORY, state.slots, chosen.gain, plain_seconds, None, together, self._weights
                 )
@@ -316,9 +318,11 @@ class AutomaticPolicy(SpeculationPolicy):
     ) -> Plan:
         """Draft as `arm` does, unless this pass is to show what plain decoding does."""
         known, plain_seconds, self._last = self._known[arm], round.plain_seconds, None
+        chosen = chosen or round.candidate(arm)
+        if arm == HISTORY and instead is None and self._of_history(chosen, round.batch) <= 1:
+            return Plan.plain(round.batch, Reason.NOT_WORTH, plain_seconds)
         if (why := self._plain_for_comparison(round.batch, known.gain)) is not None:
             return Plan.plain(round.batch, why, plain_seconds)
-        chosen = chosen or round.candidate(arm)
         forecast = _Forecast(
             arm, round.state.slots, chosen.gain, plain_seconds, instead, known.together, round.weights
         )
@@ -331,6 +335,12 @@ class AutomaticPolicy(SpeculationPolicy):
         if arm == chosen.drafter:
             self._last = plan
         return plan
+
+    def _of_history(self, chosen: Candidate, batch: int) -> float:
+        """Gain of what history proposes in this pass: its matches come and go between looks."""
+        known = self._known.get(HISTORY)
+        together = 1.0 if known is None else known.together
+        return chosen.gain * self.arbiter.correction(HISTORY, batch) * together
 
     def _again(self, last: Plan, lengths: np.ndarray) -> Plan:
         """Draft as in the last pass, `lengths` tokens; history would have to match anew for that."""

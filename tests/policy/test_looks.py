@@ -67,6 +67,15 @@ def test_between_looks_a_drafter_drafts_as_far_as_it_did_and_history_as_far_as_i
     assert [plan.reason for plan in plans[1:]] == 2 * [Reason.STILL_PAYS]
 
 
+def test_between_looks_history_pauses_where_its_matches_do_not_pay():
+    made, plans = policy(), []
+    for confidence in (0.95, 0.01, 0.95):
+        where = state(8, drafters=(), matches=Matches(np.full(8, 6), np.full(8, confidence)))
+        plans.append(made.plan(where))
+    assert [plan.reason for plan in plans] == [Reason.PAYS, Reason.NOT_WORTH, Reason.STILL_PAYS]
+    assert not plans[1].speculates and plans[2].draft_lengths.all()
+
+
 def looks_of_400(decision_seconds):
     """How often a policy for which nothing pays looks at 8 sequences, once it has settled."""
     made, where, looks = policy(), state(8, drafters=("nf4",)), []
