@@ -106,8 +106,8 @@ class History:
         # By slot: key and prompt, of which the group is made again if it was evicted meanwhile.
         self._live: dict[int, tuple[Hashable, np.ndarray]] = {}
         self._unindexed: list[tuple[int, np.ndarray]] = []  # texts and their tokens: prompts that are new
-        # Of each of `_unread_slots` [B] as many tokens, [B, `_MOST_UNREAD`]. Copied: whoever keeps the arrays of every pass
-        # leaves the allocator no hole for the next.
+        # Passes not read, and their tokens [B, `_MOST_UNREAD`] of `_unread_slots` [B]; copied, because arrays kept from every
+        # pass take the holes that the allocator has for the next one's logits.
         self._unread, self._unread_tokens = 0, np.zeros((0, _MOST_UNREAD), np.int64)
         self._unread_slots = np.zeros(0, np.int64)
         self._tokens = self._evicted = 0
