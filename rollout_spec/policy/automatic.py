@@ -257,9 +257,9 @@ class AutomaticPolicy(SpeculationPolicy):
             self._value_of_tokens(state, context, plain_seconds)
         if matched and 0 < plain_seconds < math.inf:
             chosen = Round(self, state, self._weights, room, found, context, plain_seconds).candidate(HISTORY)
-            gain = self._of_history(chosen, batch)
+            together = self._known[HISTORY].together if HISTORY in self._known else 1.0
+            gain = self._corrected(HISTORY, chosen, batch) * together
             if gain > 1:
-                together = self._known[HISTORY].together if HISTORY in self._known else 1.0
                 forecast = forecast or _Forecast(
                     HISTORY, state.slots, chosen.gain, plain_seconds, None, together, self._weights
                 )
@@ -319,7 +319,8 @@ class AutomaticPolicy(SpeculationPolicy):
         """Draft as `arm` does, unless this pass is to show what plain decoding does."""
         known, plain_seconds, self._last = self._known[arm], round.plain_seconds, None
         chosen = chosen or round.candidate(arm)
-        if arm == HISTORY and instead is None and self._of_history(chosen, round.batch) <= 1:
+        now = self._corrected(arm, chosen, round.batch) * known.together
+        if arm == HISTORY and instead is None and now <= 1:  # its matches come and go between looks
             return Plan.plain(round.batch, Reason.NOT_WORTH, plain_seconds)
         if (why := self._plain_for_comparison(round.batch, known.gain)) is not None:
             return Plan.plain(round.batch, why, plain_seconds)
@@ -336,11 +337,9 @@ class AutomaticPolicy(SpeculationPolicy):
             self._last = plan
         return plan
 
-    def _of_history(self, chosen: Candidate, batch: int) -> float:
-        """Gain of what history proposes in this pass: its matches come and go between looks."""
-        known = self._known.get(HISTORY)
-        together = 1.0 if known is None else known.together
-        return chosen.gain * self.arbiter.correction(HISTORY, batch) * together
+    def _corrected(self, arm: str, candidate: Candidate, batch: int) -> float:
+        """Gain of an arm's candidate in this pass, corrected by what the arbiter learnt."""
+        return candidate.gain * self.arbiter.correction(arm, batch)
 
     def _again(self, last: Plan, lengths: np.ndarray) -> Plan:
         """Draft as in the last pass, `lengths` tokens; history would have to match anew for that."""
@@ -368,7 +367,7 @@ class AutomaticPolicy(SpeculationPolicy):
             chosen.draft_lengths, chosen.before, round.room, chosen.alive, confidence, _ROOM,
             self.costs.prices[TARGET], context,
         )  # fmt: skip
-        rate = max(chosen.gain * self.arbiter.correction(arm, batch), 1.0) / round.plain_seconds
+        rate = max(self._corrected(arm, chosen, batch), 1.0) / round.plain_seconds
 
         def step(drafting: int) -> float:
             return rate * self.costs.draft(name, drafting, context * drafting // batch)
@@ -399,7 +398,7 @@ class AutomaticPolicy(SpeculationPolicy):
 
     def _learn_of(self, arm: str, candidate: Candidate, state: StepState) -> None:
         """Note what an arm has to offer now."""
-        known, gain = self._known[arm], candidate.gain * self.arbiter.correction(arm, len(state.slots))
+        known, gain = self._known[arm], self._corrected(arm, candidate, len(state.slots))
         if not math.isfinite(gain):
             gain = 0.0
         known.often *= (1 - _OFTEN_STEP) ** (self._passes - known.looked)
