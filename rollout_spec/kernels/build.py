@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -35,13 +36,17 @@ SILENT = (
 )  # nobody reads errno or exception flags, and loops become vectors
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16")
-VARIANTS = {  # what a CPU must have, as in /proc/cpuinfo, and how to compile for it
-    "avx512": (
-        {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", "fma", "f16c", "avx2"},
-        AVX512,
-    ),
-    "avx2": ({"avx2", "fma", "f16c"}, AVX2),
-    "emulated": ({"avx2", "fma", "f16c"}, (*AVX2, "-DEMULATE_AVX512", "-O1")),  # tests avx512 on any machine
+EMULATED = (*AVX2, "-DEMULATE_AVX512", "-O1")
+TILES = "-DTILE_REGISTERS"
+_FOR_AVX2 = {"avx2", "fma", "f16c"}
+_FOR_AVX512 = {*_FOR_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"}
+VARIANTS = {  # what a CPU must have, as in /proc/cpuinfo, and how to compile for it; the best first
+    "amx": ({*_FOR_AVX512, "amx_tile", "amx_bf16", "amx_int8"}, (*AVX512, TILES)),
+    "avx512": (_FOR_AVX512, AVX512),
+    "avx2": (_FOR_AVX2, AVX2),
+    # these test avx512 and amx on any machine
+    "emulated": (_FOR_AVX2, EMULATED),
+    "emulated-amx": (_FOR_AVX2, (*EMULATED, TILES)),
 }
 SWITCH = "ROLLOUT_SPEC_KERNELS"
 
@@ -60,6 +65,13 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(found.group(1).split()) if found else frozenset()
 
 
+@cache
+def may_use_tile_registers() -> bool:
+    """Ask the system for AMX's registers, as a process on Linux must before it uses them; it may refuse."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
 def variant() -> str:
     """The variant to use on this CPU, or the one that $ROLLOUT_SPEC_KERNELS names.
 
@@ -74,6 +86,8 @@ def variant() -> str:
         raise invalid(SWITCH, wanted, f"use auto, off, {', '.join(VARIANTS)}")
     flags = cpu_flags()
     if wanted == "auto":
+        if VARIANTS["amx"][0] <= flags and may_use_tile_registers():
+            return "amx"
         wanted = "avx512" if VARIANTS["avx512"][0] <= flags else "avx2"
     if lacking := VARIANTS[wanted][0] - flags:
         raise Unavailable(f"this CPU lacks {', '.join(sorted(lacking))}")

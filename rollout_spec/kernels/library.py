@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rollout_spec.kernels.build import Unavailable, build, variant
+from rollout_spec.kernels.build import SWITCH, Unavailable, build, may_use_tile_registers, variant
 from rollout_spec.kernels.memory import WeightMemory
 
 logger = logging.getLogger("rollout_spec")
@@ -60,10 +60,14 @@ class Kernels:
         library: The functions themselves.
 
     Raises:
-        Unavailable: The file cannot be loaded.
+        Unavailable: The file cannot be loaded, or the system does not let this process use its registers.
     """
 
     def __init__(self, path: Path, variant: str) -> None:
+        if variant == "amx" and not may_use_tile_registers():
+            raise Unavailable(
+                f"the system does not let this process use AMX's registers; {SWITCH}=avx512 does without"
+            )
         self.variant, self.build = variant, path.stem
         self._memory = WeightMemory()
         try:

@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "layout.h"
 #include "nf4.h"
+#include "tile_registers.h"
 
 namespace {
 
@@ -32,14 +33,19 @@ INLINE void widen_bytes(const int8_t* x, int64_t count, int16_t* out) {
 }
 INLINE void widen_bytes(const int8_t* x, int64_t count, int8_t* out) { memcpy(out, x, count); }
 
-// Rows of x as 8-bit integers times a scale per row, with the sums of every group of 64, each times `factor`.
+// Rows of x as 8-bit integers times a scale per row, with the sums of every group of 64, each times `factor`. Values are
+// laid out as registers read them, [rows / height, groups, height, 64]; with a height of 1 that is row by row.
 template <typename Operand>
 struct Activations {
     Operand* values;
     int32_t* sums;
     float* scales;
-    int64_t rows, columns, groups;
+    int64_t rows, columns, groups, height;
     int32_t factor;
+
+    Operand* group(int64_t row, int64_t g) const {
+        return values + ((row / height * groups + g) * height + row % height) * GROUP;
+    }
 
     template <typename Float>
     void quantize(const Float* x, int64_t row, int64_t k) const {
@@ -60,7 +66,7 @@ struct Activations {
             int32_t sum = 0;
             for (int64_t i = 0; i < GROUP; i++) sum += bytes[i];
             sums[row * groups + g] = factor * sum;
-            widen_bytes(bytes, GROUP, values + row * columns + g * GROUP);
+            widen_bytes(bytes, GROUP, group(row, g));
         }
     }
 };
@@ -85,6 +91,36 @@ struct Output {
     static void put(float value, bf16* out) { *out = narrow(value); }
 };
 
+#ifdef TILE_REGISTERS
+
+// From so many rows on products are taken by registers; their bits are the same.
+constexpr int64_t ROWS_FOR_REGISTERS = 9;
+constexpr int MOST_REGISTERS = 4;  // of rows that share the weights
+
+template <int COUNT>
+INLINE void clear_sums() {
+    if constexpr (COUNT > 0) clear<COUNT - 1>(), clear_sums<COUNT - 1>();
+}
+template <int COUNT>
+INLINE void write_sums(int32_t (*sums)[PANEL]) {
+    if constexpr (COUNT > 0) {
+        write<COUNT - 1>(sums + (COUNT - 1) * REGISTER_ROWS, PANEL * 4);
+        write_sums<COUNT - 1>(sums);
+    }
+}
+// A group of the rows of COUNT registers, from `row` on, times the weights that have been read.
+template <int COUNT>
+INLINE void multiply_rows(const Activations<int8_t>& x, int64_t row, int64_t g) {
+    if constexpr (COUNT > 0) {
+        constexpr int ROWS = ROWS_AT + COUNT % 2;
+        read<ROWS>(x.group(row + (COUNT - 1) * REGISTER_ROWS, g), GROUP);
+        multiply_int8<COUNT - 1, ROWS, WEIGHTS_AT>();
+        multiply_rows<COUNT - 1>(x, row, g);
+    }
+}
+
+#endif
+
 struct Int8 {
     typedef int8_operand Operand;
     static constexpr int ROWS = INT8_ROWS, SUM_FACTOR = 1;
@@ -108,6 +144,24 @@ struct Int8 {
             out[r] = fma(scaled(to_float(total(sums[r], sum)), x.scales[row + r]), scale, zeros());
         }
     }
+
+#ifdef TILE_REGISTERS
+    template <int REGISTERS>
+    static void sums_in_registers(const uint8_t* w, const float* scales, const Activations<Operand>& x, int64_t row,
+                                  F16* out) {
+        int32_t sums[REGISTERS * REGISTER_ROWS][PANEL];
+        clear_sums<REGISTERS>();
+        for (int64_t g = 0; g < x.groups; g++, w += GROUP * PANEL) {
+            __builtin_prefetch(w + PAGE);
+            read<WEIGHTS_AT>(w, PANEL * 4);
+            multiply_rows<REGISTERS>(x, row, g);
+        }
+        write_sums<REGISTERS>(sums);
+        F16 scale = load(scales);
+        for (int64_t r = 0; r < least(REGISTERS * REGISTER_ROWS, x.rows - row); r++)
+            out[r] = fma(scaled(to_float(load_line(sums[r])), x.scales[row + r]), scale, zeros());
+    }
+#endif
 };
 
 template <bool NF4_CODES>
@@ -154,6 +208,42 @@ struct FourBits {
         }
         for (int r = 0; r < R; r++) out[r] = scaled(out[r], x.scales[row + r]);
     }
+
+#ifdef TILE_REGISTERS
+    template <int REGISTERS>
+    static void sums_in_registers(const uint8_t* w, const float*, const Activations<Operand>& x, int64_t row,
+                                  F16* out) {
+        const Table table = load_table(NF4);
+        const int32_t* group_sums = x.sums + row * x.groups;
+        int64_t rows = least(REGISTERS * REGISTER_ROWS, x.rows - row);
+        for (int64_t r = 0; r < rows; r++) out[r] = zeros();
+        for (int64_t g = 0; g < x.groups; g++, w += BLOCK) {
+            I16 weights[2 * LINES];  // in the order of the columns
+            for (int t = 0; t < LINES; t++) {
+                __builtin_prefetch(w + PAGE + t * 64);
+                Nibbles line = load_nibbles<NF4_CODES>(w + t * 64, table);
+                weights[2 * t] = line.low, weights[2 * t + 1] = line.high;
+            }
+            int32_t sums[REGISTERS * REGISTER_ROWS][PANEL];
+            clear_sums<REGISTERS>();
+            read<WEIGHTS_AT>(weights, sizeof(I16));
+            multiply_rows<REGISTERS>(x, row, g);
+            write_sums<REGISTERS>(sums);
+            F16 scale = load((const bf16*)(w + CODES));
+            if (NF4_CODES) {
+                for (int64_t r = 0; r < rows; r++)
+                    out[r] = fma(to_float(plus(load_line(sums[r]), group_sums[r * x.groups + g])), scale, out[r]);
+            } else {
+                F16 offset = load((const bf16*)(w + CODES) + PANEL);
+                for (int64_t r = 0; r < rows; r++) {
+                    out[r] = fma(to_float(load_line(sums[r])), scale, out[r]);
+                    out[r] = fma(offset, (float)group_sums[r * x.groups + g], out[r]);
+                }
+            }
+        }
+        for (int64_t r = 0; r < rows; r++) out[r] = scaled(out[r], x.scales[row + r]);
+    }
+#endif
 };
 
 template <typename Kind, typename Float, int R>
@@ -179,29 +269,74 @@ struct Tiles<Kind, Float, 0> {
                     const Output<Float>&) {}
 };
 
+// All rows, a tile at a time.
+template <typename Kind, typename Float>
+void panel_by_vectors(const uint8_t* w, const float* scales, const Activations<typename Kind::Operand>& x,
+                      int64_t column, const Output<Float>& out) {
+    int64_t tiles = (x.rows + Kind::ROWS - 1) / Kind::ROWS;
+    for (int64_t row = 0; tiles; tiles--) {
+        int64_t height = (x.rows - row + tiles - 1) / tiles;
+        Tiles<Kind, Float, Kind::ROWS>::run(height, w, scales, x, row, column, out);
+        row += height;
+    }
+}
+
+#ifdef TILE_REGISTERS
+
+// How many rows lie together: those of a register, or each by itself, for vectors.
+int64_t height_of(int64_t m) { return m < ROWS_FOR_REGISTERS ? 1 : least(m, REGISTER_ROWS); }
+
+template <typename Kind, typename Float>
+void panel(const uint8_t* w, const float* scales, const Activations<int8_t>& x, int64_t column,
+           const Output<Float>& out) {
+    if (x.height == 1) return panel_by_vectors<Kind>(w, scales, x, column, out);
+    F16 sums[MOST_REGISTERS * REGISTER_ROWS];
+    for (int64_t row = 0, next; row < x.rows; row = next) {
+        int64_t registers = least((x.rows - row + x.height - 1) / x.height, MOST_REGISTERS);
+        next = least(row + registers * x.height, x.rows);
+        if (registers == 1) Kind::template sums_in_registers<1>(w, scales, x, row, sums);
+        if (registers == 2) Kind::template sums_in_registers<2>(w, scales, x, row, sums);
+        if (registers == 3) Kind::template sums_in_registers<3>(w, scales, x, row, sums);
+        if (registers == 4) Kind::template sums_in_registers<4>(w, scales, x, row, sums);
+        for (int64_t r = row; r < next; r++) out.write(sums[r - row], r, column);
+    }
+}
+
+#else
+
+struct TileRegisters {
+    explicit TileRegisters(int64_t) {}
+};
+
+int64_t height_of(int64_t) { return 1; }
+
+template <typename Kind, typename Float>
+void panel(const uint8_t* w, const float* scales, const Activations<typename Kind::Operand>& x, int64_t column,
+           const Output<Float>& out) {
+    panel_by_vectors<Kind>(w, scales, x, column, out);
+}
+
+#endif
+
 template <typename Kind, typename Float>
 void linear(const Float* x, int64_t m, int64_t k, int64_t n, const uint8_t* packed, const float* scales, Float* y,
             int threads) {
     typedef typename Kind::Operand Operand;
     int64_t columns = round_up(k, GROUP), groups = columns / GROUP, panels = round_up(n, PANEL) / PANEL;
-    Activations<Operand> rows = {allocate<Operand>(m * columns), allocate<int32_t>(m * groups), allocate<float>(m),
-                                 m, columns, groups, Kind::SUM_FACTOR};
+    int64_t height = height_of(m), places = round_up(m, height);
+    Activations<Operand> rows = {allocate<Operand>(places * columns), allocate<int32_t>(m * groups), allocate<float>(m),
+                                 m, columns, groups, height, Kind::SUM_FACTOR};
     Output<Float> out = {y, n};
     if (m * n * k < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++) rows.quantize(x + row * k, row, k);
+        TileRegisters registers(height);
 #pragma omp for schedule(guided)  // see bf16_linear.cpp
         for (int64_t p = 0; p < panels; p++) {
-            const uint8_t* w = packed + p * Kind::panel_bytes(columns);
-            int64_t tiles = (m + Kind::ROWS - 1) / Kind::ROWS;
-            for (int64_t row = 0; tiles; tiles--) {
-                int64_t height = (m - row + tiles - 1) / tiles;
-                const float* own = scales ? scales + p * PANEL : nullptr;
-                Tiles<Kind, Float, Kind::ROWS>::run(height, w, own, rows, row, p * PANEL, out);
-                row += height;
-            }
+            const float* own = scales ? scales + p * PANEL : nullptr;
+            panel<Kind>(packed + p * Kind::panel_bytes(columns), own, rows, p * PANEL, out);
         }
     }
     free(rows.values), free(rows.sums), free(rows.scales);

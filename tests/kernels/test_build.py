@@ -106,15 +106,18 @@ def test_no_compiler_and_no_cache_are_named(cache, monkeypatch, tmp_path):
 
 
 def test_the_variant_follows_the_cpu_and_the_switch(monkeypatch):
-    def on(flags, switch="auto"):
+    def on(flags, switch="auto", permitted=True):
+        monkeypatch.setattr(building, "may_use_tile_registers", lambda: permitted)
         monkeypatch.setattr(building, "cpu_flags", lambda: frozenset(flags))
         monkeypatch.setenv("ROLLOUT_SPEC_KERNELS", switch)
         return variant()
 
-    avx2, avx512 = VARIANTS["avx2"][0], VARIANTS["avx512"][0]
+    avx2, avx512, amx = (VARIANTS[name][0] for name in ("avx2", "avx512", "amx"))
     assert on(avx2) == on(avx512, "avx2") == "avx2"
     assert on(avx512 - {"avx512_bf16"}) == on(avx512 - {"avx512_vnni"}) == "avx2"
     assert on(avx512) == on(avx512, "avx512") == "avx512" and on(avx2, "emulated") == "emulated"
+    assert on(amx) == on(amx, "amx") == "amx" and on(amx, "avx512") == on(amx, permitted=False) == "avx512"
+    assert on(amx - {"amx_int8"}) == on(amx - {"amx_bf16"}) == "avx512"
     with pytest.raises(Unavailable, match="this CPU lacks avx2, f16c, fma"):
         on({"sse2"})
     with pytest.raises(Unavailable, match="this CPU lacks avx512_bf16, avx512_vnni"):
@@ -122,7 +125,8 @@ def test_the_variant_follows_the_cpu_and_the_switch(monkeypatch):
     with pytest.raises(Unavailable, match="ROLLOUT_SPEC_KERNELS=off"):
         on(avx512, "off")
     with pytest.raises(
-        InvalidRequest, match="ROLLOUT_SPEC_KERNELS='fast': use auto, off, avx512, avx2, emulated"
+        InvalidRequest,
+        match="ROLLOUT_SPEC_KERNELS='fast': use auto, off, amx, avx512, avx2, emulated, emulated-amx",
     ):
         on(avx512, "fast")
 

@@ -5,12 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from rollout_spec.kernels.build import AVX512, VARIANTS, cpu_flags
+from rollout_spec.kernels.build import AVX512, TILES, VARIANTS, cpu_flags
 
 SCRIPT = Path(__file__).with_name("sanitize.sh")
 
 
-@pytest.mark.parametrize("flags", [(), ("-DEMULATE_AVX512",), AVX512], ids=["avx2", "emulated", "avx512"])
+EMULATED = "-DEMULATE_AVX512"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), (EMULATED,), (EMULATED, TILES), AVX512],
+    ids=["avx2", "emulated", "emulated-amx", "avx512"],
+)
 def test_kernels_are_clean_and_a_store_past_the_end_is_seen(tmp_path, flags):
     if flags is AVX512 and not VARIANTS["avx512"][0] <= cpu_flags():
         pytest.skip("this CPU lacks AVX512")
