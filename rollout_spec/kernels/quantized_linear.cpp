@@ -13,6 +13,8 @@
 #include "nf4.h"
 #include "tile_registers.h"
 
+#include <type_traits>
+
 namespace {
 
 constexpr int64_t LINES = GROUP / 8;
@@ -33,15 +35,28 @@ INLINE void widen_bytes(const int8_t* x, int64_t count, int16_t* out) {
 }
 INLINE void widen_bytes(const int8_t* x, int64_t count, int8_t* out) { memcpy(out, x, count); }
 
-// Rows of x as 8-bit integers times a scale per row, with the sums of every group of 64, each times `factor`. Values are
-// laid out as registers read them, [rows / height, groups, height, 64]; with a height of 1 that is row by row.
-template <typename Operand>
+// Rows of x as 8-bit integers times a scale per row, with the sums of every group of 64, each times SUM_FACTOR. Values
+// are laid out as registers read them, [rows / height, groups, height, 64]; with a height of 1 that is row by row.
+template <typename Kind>
 struct Activations {
+    typedef typename Kind::Operand Operand;
+    typedef typename Kind::Sum Sum;
     Operand* values;
-    int32_t* sums;
+    Sum* sums;
     float* scales;
     int64_t rows, columns, groups, height;
-    int32_t factor;
+
+    Activations(int64_t rows, int64_t columns, int64_t height)
+        : rows(rows), columns(columns), groups(columns / GROUP), height(height) {
+        int64_t places = round_up(rows, height);
+        values = allocate<Operand>(places * columns), sums = allocate<Sum>(places * groups), scales = allocate<float>(rows);
+        for (int64_t row = rows; row < places; row++)
+            for (int64_t g = 0; g < groups; g++) {
+                memset(group(row, g), 0, GROUP * sizeof(Operand));
+                sums[row * groups + g] = 0;
+            }
+    }
+    ~Activations() { free(values), free(sums), free(scales); }
 
     Operand* group(int64_t row, int64_t g) const {
         return values + ((row / height * groups + g) * height + row % height) * GROUP;
@@ -65,7 +80,7 @@ struct Activations {
             if (finite) round_to_bytes(part, GROUP, 0, 127 / limit, -127, 127, bytes);
             int32_t sum = 0;
             for (int64_t i = 0; i < GROUP; i++) sum += bytes[i];
-            sums[row * groups + g] = factor * sum;
+            sums[row * groups + g] = Kind::SUM_FACTOR * sum;
             widen_bytes(bytes, GROUP, group(row, g));
         }
     }
@@ -91,43 +106,14 @@ struct Output {
     static void put(float value, bf16* out) { *out = narrow(value); }
 };
 
-#ifdef TILE_REGISTERS
-
-// From so many rows on products are taken by registers; their bits are the same.
-constexpr int64_t ROWS_FOR_REGISTERS = 9;
-constexpr int MOST_REGISTERS = 4;  // of rows that share the weights
-
-template <int COUNT>
-INLINE void clear_sums() {
-    if constexpr (COUNT > 0) clear<COUNT - 1>(), clear_sums<COUNT - 1>();
-}
-template <int COUNT>
-INLINE void write_sums(int32_t (*sums)[PANEL]) {
-    if constexpr (COUNT > 0) {
-        write<COUNT - 1>(sums + (COUNT - 1) * REGISTER_ROWS, PANEL * 4);
-        write_sums<COUNT - 1>(sums);
-    }
-}
-// A group of the rows of COUNT registers, from `row` on, times the weights that have been read.
-template <int COUNT>
-INLINE void multiply_rows(const Activations<int8_t>& x, int64_t row, int64_t g) {
-    if constexpr (COUNT > 0) {
-        constexpr int ROWS = ROWS_AT + COUNT % 2;
-        read<ROWS>(x.group(row + (COUNT - 1) * REGISTER_ROWS, g), GROUP);
-        multiply_int8<COUNT - 1, ROWS, WEIGHTS_AT>();
-        multiply_rows<COUNT - 1>(x, row, g);
-    }
-}
-
-#endif
-
 struct Int8 {
     typedef int8_operand Operand;
+    typedef int32_t Sum;
     static constexpr int ROWS = INT8_ROWS, SUM_FACTOR = 1;
     static int64_t panel_bytes(int64_t columns) { return columns * PANEL; }
 
     template <int R, bool FEW>
-    static void sums(const uint8_t* w, const float* scales, const Activations<Operand>& x, int64_t row, F16 (&out)[R]) {
+    static void sums(const uint8_t* w, const float* scales, const Activations<Int8>& x, int64_t row, F16 (&out)[R]) {
         const Operand* values = x.values + row * x.columns;
         ByteSums sums[R];
         for (int r = 0; r < R; r++) sums[r] = byte_zeros();
@@ -146,20 +132,57 @@ struct Int8 {
     }
 
 #ifdef TILE_REGISTERS
-    template <int REGISTERS>
-    static void sums_in_registers(const uint8_t* w, const float* scales, const Activations<Operand>& x, int64_t row,
-                                  F16* out) {
-        int32_t sums[REGISTERS * REGISTER_ROWS][PANEL];
-        clear_sums<REGISTERS>();
+    static constexpr int64_t MOST = 4;  // registers of rows that share the reading of weights
+
+    template <typename Output>
+    static void panel_in_registers(const uint8_t* w, const float* scales, const Activations<Int8>& x, int8_t*,
+                                   int64_t column, const Output& out) {
+        for (int64_t row = 0; row < x.rows; row += MOST * REGISTER_ROWS) {
+            int64_t registers = least((x.rows - row + REGISTER_ROWS - 1) / REGISTER_ROWS, MOST);
+            if (registers == 1) rows_in_registers<1>(w, scales, x, row, column, out);
+            if (registers == 2) rows_in_registers<2>(w, scales, x, row, column, out);
+            if (registers == 3) rows_in_registers<3>(w, scales, x, row, column, out);
+            if (registers == 4) rows_in_registers<4>(w, scales, x, row, column, out);
+        }
+    }
+
+    template <int COUNT, typename Output>
+    static void rows_in_registers(const uint8_t* w, const float* scales, const Activations<Int8>& x, int64_t row,
+                                  int64_t column, const Output& out) {
+        int32_t sums[COUNT * REGISTER_ROWS][PANEL];
+        clear_sums<COUNT>();
         for (int64_t g = 0; g < x.groups; g++, w += GROUP * PANEL) {
             __builtin_prefetch(w + PAGE);
-            read<WEIGHTS_AT>(w, PANEL * 4);
-            multiply_rows<REGISTERS>(x, row, g);
+            read<WEIGHTS_AT>(w, CACHE_LINE);
+            multiply_rows<COUNT>(x, row, g);
         }
-        write_sums<REGISTERS>(sums);
+        write_sums<COUNT>(sums);
         F16 scale = load(scales);
-        for (int64_t r = 0; r < least(REGISTERS * REGISTER_ROWS, x.rows - row); r++)
-            out[r] = fma(scaled(to_float(load_line(sums[r])), x.scales[row + r]), scale, zeros());
+        for (int64_t r = 0; r < least(COUNT * REGISTER_ROWS, x.rows - row); r++) {
+            F16 sum = scaled(to_float(load_line(sums[r])), x.scales[row + r]);
+            out.write(fma(sum, scale, zeros()), row + r, column);
+        }
+    }
+
+    template <int COUNT>
+    static void clear_sums() {
+        if constexpr (COUNT > 0) clear<COUNT - 1>(), clear_sums<COUNT - 1>();
+    }
+    template <int COUNT>
+    static void write_sums(int32_t (*sums)[PANEL]) {
+        if constexpr (COUNT > 0) {
+            write<COUNT - 1>(sums + (COUNT - 1) * REGISTER_ROWS, CACHE_LINE);
+            write_sums<COUNT - 1>(sums);
+        }
+    }
+    template <int COUNT>
+    static void multiply_rows(const Activations<Int8>& x, int64_t row, int64_t g) {
+        if constexpr (COUNT > 0) {
+            constexpr int ROWS = ROWS_AT + COUNT % 2;
+            read<ROWS>(x.group(row + (COUNT - 1) * REGISTER_ROWS, g), GROUP);
+            multiply_int8<COUNT - 1, ROWS, WEIGHTS_AT>();
+            multiply_rows<COUNT - 1>(x, row, g);
+        }
     }
 #endif
 };
@@ -167,15 +190,16 @@ struct Int8 {
 template <bool NF4_CODES>
 struct FourBits {
     typedef int8_t Operand;
+    typedef std::conditional_t<NF4_CODES, int32_t, float> Sum;
     static constexpr int ROWS = INT4_ROWS, SUM_FACTOR = NF4_CODES ? -32 : 1;
     static constexpr int64_t BLOCK = CODES + (NF4_CODES ? 32 : 64);
     static int64_t panel_bytes(int64_t columns) { return columns / GROUP * BLOCK; }
 
     template <int R, bool FEW>
-    static void sums(const uint8_t* w, const float*, const Activations<Operand>& x, int64_t row, F16 (&out)[R]) {
+    static void sums(const uint8_t* w, const float*, const Activations<FourBits>& x, int64_t row, F16 (&out)[R]) {
         const Table table = load_table(NF4);
         const Operand* values = x.values + row * x.columns;
-        const int32_t* group_sums = x.sums + row * x.groups;
+        const Sum* group_sums = x.sums + row * x.groups;
         for (int r = 0; r < R; r++) out[r] = zeros();
         for (int64_t g = 0; g < x.groups; g++, w += BLOCK, values += GROUP) {
             NibbleSums sums[R];
@@ -210,44 +234,58 @@ struct FourBits {
     }
 
 #ifdef TILE_REGISTERS
-    template <int REGISTERS>
-    static void sums_in_registers(const uint8_t* w, const float*, const Activations<Operand>& x, int64_t row,
-                                  F16* out) {
+    // `bytes` has room for the panel's codes as bytes, in the order of the columns.
+    template <typename Output>
+    static void panel_in_registers(const uint8_t* w, const float*, const Activations<FourBits>& x, int8_t* bytes,
+                                   int64_t column, const Output& out) {
         const Table table = load_table(NF4);
-        const int32_t* group_sums = x.sums + row * x.groups;
-        int64_t rows = least(REGISTERS * REGISTER_ROWS, x.rows - row);
-        for (int64_t r = 0; r < rows; r++) out[r] = zeros();
-        for (int64_t g = 0; g < x.groups; g++, w += BLOCK) {
-            I16 weights[2 * LINES];  // in the order of the columns
+        I16* lines = (I16*)bytes;
+        for (int64_t g = 0; g < x.groups; g++)
             for (int t = 0; t < LINES; t++) {
-                __builtin_prefetch(w + PAGE + t * 64);
-                Nibbles line = load_nibbles<NF4_CODES>(w + t * 64, table);
-                weights[2 * t] = line.low, weights[2 * t + 1] = line.high;
+                const uint8_t* codes = w + g * BLOCK + t * CACHE_LINE;
+                __builtin_prefetch(codes + PAGE);
+                Nibbles line = load_nibbles<NF4_CODES>(codes, table);
+                *lines++ = line.low, *lines++ = line.high;
             }
-            int32_t sums[REGISTERS * REGISTER_ROWS][PANEL];
-            clear_sums<REGISTERS>();
-            read<WEIGHTS_AT>(weights, sizeof(I16));
-            multiply_rows<REGISTERS>(x, row, g);
-            write_sums<REGISTERS>(sums);
-            F16 scale = load((const bf16*)(w + CODES));
-            if (NF4_CODES) {
-                for (int64_t r = 0; r < rows; r++)
-                    out[r] = fma(to_float(plus(load_line(sums[r]), group_sums[r * x.groups + g])), scale, out[r]);
-            } else {
-                F16 offset = load((const bf16*)(w + CODES) + PANEL);
-                for (int64_t r = 0; r < rows; r++) {
-                    out[r] = fma(to_float(load_line(sums[r])), scale, out[r]);
-                    out[r] = fma(offset, (float)group_sums[r * x.groups + g], out[r]);
-                }
+        for (int64_t row = 0; row < x.rows; row += REGISTER_ROWS) {
+            F16 sums[REGISTER_ROWS];
+            rows_in_register(w + CODES, x, bytes, row, sums);
+            for (int64_t r = 0; r < least(REGISTER_ROWS, x.rows - row); r++)
+                out.write(scaled(sums[r], x.scales[row + r]), row + r, column);
+        }
+    }
+
+    static void rows_in_register(const uint8_t* scales, const Activations<FourBits>& x, const int8_t* bytes,
+                                 int64_t row, F16 (&out)[REGISTER_ROWS]) {
+        const Sum* group_sums = x.sums + row * x.groups;
+        F16 sums[REGISTER_ROWS];
+#pragma GCC unroll 16
+        for (int r = 0; r < REGISTER_ROWS; r++) sums[r] = zeros();
+        for (int64_t g = 0; g < x.groups; g++, bytes += GROUP * PANEL, scales += BLOCK, group_sums++) {
+            int32_t products[REGISTER_ROWS][PANEL];
+            clear<SUMS>();
+            read<ROWS_AT>(x.group(row, g), GROUP);
+            read<WEIGHTS_AT>(bytes, CACHE_LINE);
+            multiply_int8<SUMS, ROWS_AT, WEIGHTS_AT>();
+            write<SUMS>(products, CACHE_LINE);
+            F16 scale = load((const bf16*)scales), offset = load((const bf16*)scales + (NF4_CODES ? 0 : PANEL));
+#pragma GCC unroll 16
+            for (int r = 0; r < REGISTER_ROWS; r++) {
+                Sum of_x = group_sums[r * x.groups];
+                I16 product = load_line(products[r]);
+                if (NF4_CODES) product = plus(product, (int32_t)of_x);
+                sums[r] = fma(to_float(product), scale, sums[r]);
+                if (!NF4_CODES) sums[r] = fma(offset, (float)of_x, sums[r]);
             }
         }
-        for (int64_t r = 0; r < rows; r++) out[r] = scaled(out[r], x.scales[row + r]);
+#pragma GCC unroll 16
+        for (int r = 0; r < REGISTER_ROWS; r++) out[r] = sums[r];
     }
 #endif
 };
 
 template <typename Kind, typename Float, int R>
-void rows_of_panel(const uint8_t* w, const float* scales, const Activations<typename Kind::Operand>& x, int64_t row,
+void rows_of_panel(const uint8_t* w, const float* scales, const Activations<Kind>& x, int64_t row,
                    int64_t column, const Output<Float>& out) {
     F16 sums[R];
     if (R <= FEW_ROWS && x.rows == R) Kind::template sums<R, (R <= FEW_ROWS)>(w, scales, x, row, sums);
@@ -257,7 +295,7 @@ void rows_of_panel(const uint8_t* w, const float* scales, const Activations<type
 
 template <typename Kind, typename Float, int R>
 struct Tiles {
-    static void run(int64_t rows, const uint8_t* w, const float* scales, const Activations<typename Kind::Operand>& x,
+    static void run(int64_t rows, const uint8_t* w, const float* scales, const Activations<Kind>& x,
                     int64_t row, int64_t column, const Output<Float>& out) {
         if (rows == R) rows_of_panel<Kind, Float, R>(w, scales, x, row, column, out);
         else Tiles<Kind, Float, R - 1>::run(rows, w, scales, x, row, column, out);
@@ -265,13 +303,13 @@ struct Tiles {
 };
 template <typename Kind, typename Float>
 struct Tiles<Kind, Float, 0> {
-    static void run(int64_t, const uint8_t*, const float*, const Activations<typename Kind::Operand>&, int64_t, int64_t,
+    static void run(int64_t, const uint8_t*, const float*, const Activations<Kind>&, int64_t, int64_t,
                     const Output<Float>&) {}
 };
 
 // All rows, a tile at a time.
 template <typename Kind, typename Float>
-void panel_by_vectors(const uint8_t* w, const float* scales, const Activations<typename Kind::Operand>& x,
+void panel_by_vectors(const uint8_t* w, const float* scales, const Activations<Kind>& x,
                       int64_t column, const Output<Float>& out) {
     int64_t tiles = (x.rows + Kind::ROWS - 1) / Kind::ROWS;
     for (int64_t row = 0; tiles; tiles--) {
@@ -283,23 +321,14 @@ void panel_by_vectors(const uint8_t* w, const float* scales, const Activations<t
 
 #ifdef TILE_REGISTERS
 
-// How many rows lie together: those of a register, or each by itself, for vectors.
-int64_t height_of(int64_t m) { return m < ROWS_FOR_REGISTERS ? 1 : least(m, REGISTER_ROWS); }
+// How many rows lie together: those of a register, or of few rows each by itself, for vectors. The bits are the same.
+int64_t height_of(int64_t m) { return m <= 8 ? 1 : REGISTER_ROWS; }
 
 template <typename Kind, typename Float>
-void panel(const uint8_t* w, const float* scales, const Activations<int8_t>& x, int64_t column,
+void panel(const uint8_t* w, const float* scales, const Activations<Kind>& x, int8_t* bytes, int64_t column,
            const Output<Float>& out) {
-    if (x.height == 1) return panel_by_vectors<Kind>(w, scales, x, column, out);
-    F16 sums[MOST_REGISTERS * REGISTER_ROWS];
-    for (int64_t row = 0, next; row < x.rows; row = next) {
-        int64_t registers = least((x.rows - row + x.height - 1) / x.height, MOST_REGISTERS);
-        next = least(row + registers * x.height, x.rows);
-        if (registers == 1) Kind::template sums_in_registers<1>(w, scales, x, row, sums);
-        if (registers == 2) Kind::template sums_in_registers<2>(w, scales, x, row, sums);
-        if (registers == 3) Kind::template sums_in_registers<3>(w, scales, x, row, sums);
-        if (registers == 4) Kind::template sums_in_registers<4>(w, scales, x, row, sums);
-        for (int64_t r = row; r < next; r++) out.write(sums[r - row], r, column);
-    }
+    if (x.height > 1) Kind::panel_in_registers(w, scales, x, bytes, column, out);
+    else panel_by_vectors(w, scales, x, column, out);
 }
 
 #else
@@ -311,9 +340,9 @@ struct TileRegisters {
 int64_t height_of(int64_t) { return 1; }
 
 template <typename Kind, typename Float>
-void panel(const uint8_t* w, const float* scales, const Activations<typename Kind::Operand>& x, int64_t column,
+void panel(const uint8_t* w, const float* scales, const Activations<Kind>& x, int8_t*, int64_t column,
            const Output<Float>& out) {
-    panel_by_vectors<Kind>(w, scales, x, column, out);
+    panel_by_vectors(w, scales, x, column, out);
 }
 
 #endif
@@ -321,25 +350,23 @@ void panel(const uint8_t* w, const float* scales, const Activations<typename Kin
 template <typename Kind, typename Float>
 void linear(const Float* x, int64_t m, int64_t k, int64_t n, const uint8_t* packed, const float* scales, Float* y,
             int threads) {
-    typedef typename Kind::Operand Operand;
-    int64_t columns = round_up(k, GROUP), groups = columns / GROUP, panels = round_up(n, PANEL) / PANEL;
-    int64_t height = height_of(m), places = round_up(m, height);
-    Activations<Operand> rows = {allocate<Operand>(places * columns), allocate<int32_t>(m * groups), allocate<float>(m),
-                                 m, columns, groups, height, Kind::SUM_FACTOR};
+    int64_t columns = round_up(k, GROUP), panels = round_up(n, PANEL) / PANEL, height = height_of(m);
+    Activations<Kind> rows(m, columns, height);
     Output<Float> out = {y, n};
     if (m * n * k < 1 << 17) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++) rows.quantize(x + row * k, row, k);
+        int8_t* bytes = height > 1 ? allocate<int8_t>(columns * PANEL) : nullptr;
         TileRegisters registers(height);
 #pragma omp for schedule(guided)  // see bf16_linear.cpp
         for (int64_t p = 0; p < panels; p++) {
             const float* own = scales ? scales + p * PANEL : nullptr;
-            panel<Kind>(packed + p * Kind::panel_bytes(columns), own, rows, p * PANEL, out);
+            panel(packed + p * Kind::panel_bytes(columns), own, rows, bytes, p * PANEL, out);
         }
+        free(bytes);
     }
-    free(rows.values), free(rows.sums), free(rows.scales);
 }
 
 }  // namespace
