@@ -7,7 +7,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.nn import functional
 
 from rollout_spec.benchmarks.paired import Paired, paired
 from rollout_spec.contracts import Completion, SamplingParams
@@ -33,6 +34,7 @@ from rollout_spec.policy.records import Plan, StepState
 DRAFT_LENGTH = {1: 4, 4: 2}  # by live batch; fixed beforehand, on other prompts
 SPEEDUP = {1: 1.6, 4: 1.12}
 VERIFY_ROWS, VERIFY_OVER_ONE = 5, 1.15
+LINEAR_ROWS = (1, 4, 16, 64, 256)
 BANDWIDTH = {1: 0.70, 2: 0.80}  # of a streaming read, by threads
 OUTSIDE = 0.15
 KERNELS = ("bf16_linear", "attention", "store_entries", "rms_norm", "norm_rotate", "gated_silu")
@@ -79,6 +81,24 @@ class KernelBenchmark:
         )
         self.notes["streaming_read_GBps"] = round(_READ_BYTES / result.baseline_seconds / 1e9, 2)
         self.notes["plain_pass_ms"] = round(1e3 * result.candidate_seconds / _STEPS, 2)
+
+    def linears(self) -> None:
+        """The products of a pass by number of rows, against torch's of the same weights."""
+        own = kernels()
+        assert own is not None, "there are no kernels here"
+        weights = self._linear_weights()
+        packed = [(own.pack_bf16(weight), weight.shape[0]) for weight in weights]
+        self.notes["kernels"] = own.variant
+        for rows in LINEAR_ROWS:
+            inputs = {k: torch.randn(rows, k).bfloat16() for k in {weight.shape[1] for weight in weights}}
+            self._pair(
+                f"linears of {rows} rows over torch's",
+                lambda inputs=inputs: [functional.linear(inputs[w.shape[1]], w) for w in weights],
+                lambda inputs=inputs: [
+                    own.bf16_linear(inputs[w.shape[1]], p, n, None) for w, (p, n) in zip(weights, packed)
+                ],
+                1.0,
+            )
 
     def verify(self) -> None:
         """A pass over five rows of a sequence, against a pass over one, behind as many cached tokens on average."""
@@ -228,10 +248,7 @@ class KernelBenchmark:
     def requantization(self) -> None:
         """The drafter's linears from a stream of tensors, against copying the same tensors to memory of the same kind."""
         quantizer = get_quantizer(str(self.notes["drafter"]), "cpu", torch.bfloat16)
-        stored = [(name, tensor.to(torch.bfloat16)) for name, tensor in read_checkpoint(self.path)]
-        assembler = WeightAssembler(self.engine.backend.spec, torch.bfloat16)
-        pieces = [piece for name, tensor in stored for piece in assembler.feed(name, tensor)]
-        linears = [piece.weight for piece in pieces if is_linear(piece.slot)]
+        linears = self._linear_weights()
 
         def copy() -> list[Tensor]:
             memory = WeightMemory()
@@ -243,11 +260,21 @@ class KernelBenchmark:
         result = self._pair("copying over re-quantizing", copy, quantize, 1 / REQUANTIZE_OVER_COPY)
         self.notes["requantize_seconds"] = round(result.candidate_seconds, 3)
         self.notes["copy_seconds"] = round(result.baseline_seconds, 3)
+        stored = list(self._stored())
         began = time.perf_counter()
         self.engine.update_weights(iter(stored))
         self.notes["whole_update_seconds"] = round(time.perf_counter() - began, 3)
 
     # --- means -----------------------------------------------------------------------------------------
+
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor.to(torch.bfloat16)) for name, tensor in read_checkpoint(self.path))
+
+    def _linear_weights(self) -> list[Tensor]:
+        """The target's, bfloat16 [N, K] each, as the engine puts them together."""
+        assembler = WeightAssembler(self.engine.backend.spec, torch.bfloat16)
+        pieces = [piece for name, tensor in self._stored() for piece in assembler.feed(name, tensor)]
+        return [piece.weight for piece in pieces if is_linear(piece.slot)]
 
     def _shapes(self) -> list[tuple[int, int]]:
         from rollout_spec.torch_backend.weights import linear_shapes

@@ -284,7 +284,7 @@ def kernels(
 ) -> None:
     """Plain bf16 decoding on the CPU kernels against the memory and other engines, and what drafting adds to it.
 
-    Parts: bandwidth, verify, overhead, llama (with --llama-python), transformers, vllm, speculation, requantization.
+    Parts: bandwidth, linears, verify, overhead, llama (with --llama-python), transformers, vllm, speculation, requantization.
     """
     from rollout_spec.benchmarks.kernels import REQUANTIZE_SECONDS, KernelBenchmark
 
@@ -295,6 +295,7 @@ def kernels(
     benchmark = KernelBenchmark(expanded_policy(size), drafter, pairs, seed, console)
     parts: dict[str, Callable[[], None]] = {
         "bandwidth": benchmark.bandwidth,
+        "linears": benchmark.linears,
         "verify": benchmark.verify,
         "overhead": benchmark.overhead,
         "transformers": benchmark.against_transformers,

@@ -49,7 +49,9 @@ struct Activations {
     Activations(int64_t rows, int64_t columns, int64_t height)
         : rows(rows), columns(columns), groups(columns / GROUP), height(height) {
         int64_t places = round_up(rows, height);
-        values = allocate<Operand>(places * columns), sums = allocate<Sum>(places * groups), scales = allocate<float>(rows);
+        values = allocate<Operand>(places * columns);
+        sums = allocate<Sum>(places * groups);
+        scales = allocate<float>(rows);
         for (int64_t row = rows; row < places; row++)
             for (int64_t g = 0; g < groups; g++) {
                 memset(group(row, g), 0, GROUP * sizeof(Operand));
@@ -332,10 +334,6 @@ void panel(const uint8_t* w, const float* scales, const Activations<Kind>& x, in
 }
 
 #else
-
-struct TileRegisters {
-    explicit TileRegisters(int64_t) {}
-};
 
 int64_t height_of(int64_t) { return 1; }
 

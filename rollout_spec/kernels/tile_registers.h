@@ -110,4 +110,14 @@ INLINE void multiply_int8() {
 
 }  // namespace
 
+#else
+
+namespace {
+
+struct TileRegisters {
+    explicit TileRegisters(int64_t) {}
+};
+
+}  // namespace
+
 #endif
