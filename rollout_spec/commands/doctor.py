@@ -105,10 +105,10 @@ def runtime_rows() -> Iterator[Row]:
 
 def _kernels() -> Row:
     """Which CPU kernels would be used; says so without building them."""
-    from rollout_spec.kernels.build import Unavailable, variant
+    from rollout_spec.kernels.build import Unavailable, variants
 
     try:
-        return Row("CPU kernels", Status.OK, f"{variant()}, built on first use")
+        return Row("CPU kernels", Status.OK, f"{variants()[0]}, built on first use")
     except Unavailable as reason:
         return Row("CPU kernels", Status.MISSING, "torch's own are used", str(reason))
 

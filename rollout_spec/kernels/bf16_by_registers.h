@@ -8,6 +8,7 @@ namespace {
 // Rows that go together, and the multiple of columns that their products need.
 constexpr int64_t ROWS_TOGETHER = REGISTER_ROWS, COLUMNS = 32;
 constexpr int64_t LINES = COLUMNS / 2;  // of a panel, in a register
+static_assert(CHUNK % LINES == 0, "a chunk is whole registers");
 
 // The lines of a register for `m` rows.
 int64_t height_of(int64_t m) { return least(m, REGISTER_ROWS); }

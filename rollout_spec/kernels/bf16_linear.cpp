@@ -2,7 +2,7 @@
 //
 // A weight [n, k] is packed into panels of 16 outputs, of which BF16_PANELS lie line by line beside each other,
 // [n/16/BF16_PANELS, k/2, BF16_PANELS, 16, 2]: a line holds two columns of 16 rows, and a weight is read from its first
-// byte to its last. Missing rows and columns are zeros. Every output is one chain of multiply-adds in float32 in the
+// byte to its last. Missing rows, and columns up to a multiple of COLUMNS, are zeros. Every output is one chain of multiply-adds in float32 in the
 // order of the columns, whichever rows, panels and threads share the work: its bits depend on its own row alone. (With
 // tile registers it is a chain of the sums over 32 columns.)
 #include "kernels.h"

@@ -49,6 +49,7 @@ VARIANTS = {  # what a CPU must have, as in /proc/cpuinfo, and how to compile fo
     "emulated-amx": (_FOR_AVX2, (*EMULATED, TILES)),
 }
 SWITCH = "ROLLOUT_SPEC_KERNELS"
+NO_REGISTERS = f"the system does not let this process use AMX's registers; {SWITCH}=avx512 does without"
 
 
 class Unavailable(Exception):
@@ -67,13 +68,17 @@ def cpu_flags() -> frozenset[str]:
 
 @cache
 def may_use_tile_registers() -> bool:
-    """Ask the system for AMX's registers, as a process on Linux must before it uses them; it may refuse."""
+    """Ask the system for AMX's registers, as a process on Linux must before it uses them; it may refuse.
+
+    Granted once, for all threads and for what the process forks; their signal stacks must then be large enough for the
+    registers too, or the system refuses them.
+    """
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
-def variant() -> str:
-    """The variant to use on this CPU, or the one that $ROLLOUT_SPEC_KERNELS names.
+def variants() -> list[str]:
+    """The variants to try on this CPU, the best first, or the one that $ROLLOUT_SPEC_KERNELS names.
 
     Raises:
         Unavailable: The CPU has none of them, lacks the one asked for, or the variable says `off`.
@@ -87,11 +92,13 @@ def variant() -> str:
     flags = cpu_flags()
     if wanted == "auto":
         if VARIANTS["amx"][0] <= flags and may_use_tile_registers():
-            return "amx"
+            return ["amx", "avx512"]  # an assembler may be too old for the first
         wanted = "avx512" if VARIANTS["avx512"][0] <= flags else "avx2"
     if lacking := VARIANTS[wanted][0] - flags:
         raise Unavailable(f"this CPU lacks {', '.join(sorted(lacking))}")
-    return wanted
+    if wanted == "amx" and not may_use_tile_registers():
+        raise Unavailable(NO_REGISTERS)
+    return [wanted]
 
 
 def build(name: str, extra: Sequence[str] = ()) -> Path:
@@ -154,7 +161,11 @@ def _compile(sources: Sequence[Path], flags: Sequence[str], openmp: str | None, 
 
 
 def _last_error(output: str) -> str:
-    lines = [line for line in output.splitlines() if "error" in line] or output.splitlines() or ["no message"]
+    lines = (
+        [line for line in output.splitlines() if "error" in line.lower()]
+        or output.splitlines()
+        or ["no message"]
+    )
     return lines[0][:200]
 
 

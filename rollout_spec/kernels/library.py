@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rollout_spec.kernels.build import SWITCH, Unavailable, build, may_use_tile_registers, variant
+from rollout_spec.kernels.build import NO_REGISTERS, Unavailable, build, may_use_tile_registers, variants
 from rollout_spec.kernels.memory import WeightMemory
 
 logger = logging.getLogger("rollout_spec")
@@ -65,9 +65,7 @@ class Kernels:
 
     def __init__(self, path: Path, variant: str) -> None:
         if variant == "amx" and not may_use_tile_registers():
-            raise Unavailable(
-                f"the system does not let this process use AMX's registers; {SWITCH}=avx512 does without"
-            )
+            raise Unavailable(NO_REGISTERS)
         self.variant, self.build = variant, path.stem
         self._memory = WeightMemory()
         try:
@@ -291,9 +289,21 @@ def _checked(x: Tensor, dtype: torch.dtype, dimensions: int) -> Tensor:
 @cache
 def kernels() -> Kernels | None:
     """This machine's kernels, built if need be; None, and one line in the log, if they cannot be had."""
+    reasons = []
     try:
-        name = variant()
-        return Kernels(build(name), name)
-    except Unavailable as reason:
-        logger.warning("CPU kernels are not available, torch's own are used: %s", reason)
-        return None
+        names = variants()
+    except Unavailable as none:
+        names, reasons = [], [none]
+    for name in names:
+        try:
+            found = Kernels(build(name), name)
+        except Unavailable as failure:
+            reasons.append(failure)
+            continue
+        if reasons:
+            logger.warning(
+                "CPU kernels for %s are not available, those for %s are used: %s", names[0], name, reasons[0]
+            )
+        return found
+    logger.warning("CPU kernels are not available, torch's own are used: %s", reasons[-1])
+    return None

@@ -54,14 +54,15 @@ struct Activations {
         scales = allocate<float>(rows);
         for (int64_t row = rows; row < places; row++)
             for (int64_t g = 0; g < groups; g++) {
-                memset(group(row, g), 0, GROUP * sizeof(Operand));
+                memset(first_group(row) + g * height * GROUP, 0, GROUP * sizeof(Operand));
                 sums[row * groups + g] = 0;
             }
     }
     ~Activations() { free(values), free(sums), free(scales); }
 
-    Operand* group(int64_t row, int64_t g) const {
-        return values + ((row / height * groups + g) * height + row % height) * GROUP;
+    // A row's first group; the next is height * GROUP further on.
+    Operand* first_group(int64_t row) const {
+        return values + (row / height * groups * height + row % height) * GROUP;
     }
 
     template <typename Float>
@@ -74,7 +75,8 @@ struct Activations {
         bool finite = largest < 0x7f800000;
         float limit = float_of(largest);
         scales[row] = finite ? limit / 127 : float_of(0x7fc00000);
-        for (int64_t g = 0; g < groups; g++) {
+        Operand* own = first_group(row);
+        for (int64_t g = 0, next = height * GROUP; g < groups; g++, own += next) {
             alignas(32) float part[GROUP] = {};
             alignas(32) int8_t bytes[GROUP] = {};
             int64_t count = least(GROUP, k - g * GROUP);
@@ -83,7 +85,7 @@ struct Activations {
             int32_t sum = 0;
             for (int64_t i = 0; i < GROUP; i++) sum += bytes[i];
             sums[row * groups + g] = Kind::SUM_FACTOR * sum;
-            widen_bytes(bytes, GROUP, group(row, g));
+            widen_bytes(bytes, GROUP, own);
         }
     }
 };
@@ -112,6 +114,7 @@ struct Int8 {
     typedef int8_operand Operand;
     typedef int32_t Sum;
     static constexpr int ROWS = INT8_ROWS, SUM_FACTOR = 1;
+    static constexpr bool SPREADS = false;
     static int64_t panel_bytes(int64_t columns) { return columns * PANEL; }
 
     template <int R, bool FEW>
@@ -136,9 +139,9 @@ struct Int8 {
 #ifdef TILE_REGISTERS
     static constexpr int64_t MOST = 4;  // registers of rows that share the reading of weights
 
-    template <typename Output>
+    template <typename Float>
     static void panel_in_registers(const uint8_t* w, const float* scales, const Activations<Int8>& x, int8_t*,
-                                   int64_t column, const Output& out) {
+                                   int64_t column, const Output<Float>& out) {
         for (int64_t row = 0; row < x.rows; row += MOST * REGISTER_ROWS) {
             int64_t registers = least((x.rows - row + REGISTER_ROWS - 1) / REGISTER_ROWS, MOST);
             if (registers == 1) rows_in_registers<1>(w, scales, x, row, column, out);
@@ -148,15 +151,16 @@ struct Int8 {
         }
     }
 
-    template <int COUNT, typename Output>
+    template <int COUNT, typename Float>
     static void rows_in_registers(const uint8_t* w, const float* scales, const Activations<Int8>& x, int64_t row,
-                                  int64_t column, const Output& out) {
-        int32_t sums[COUNT * REGISTER_ROWS][PANEL];
+                                  int64_t column, const Output<Float>& out) {
+        alignas(CACHE_LINE) int32_t sums[COUNT * REGISTER_ROWS][PANEL];
+        const int8_t* rows = x.first_group(row);
         clear_sums<COUNT>();
-        for (int64_t g = 0; g < x.groups; g++, w += GROUP * PANEL) {
+        for (int64_t g = 0; g < x.groups; g++, w += GROUP * PANEL, rows += REGISTER_ROWS * GROUP) {
             __builtin_prefetch(w + PAGE);
             read<WEIGHTS_AT>(w, CACHE_LINE);
-            multiply_rows<COUNT>(x, row, g);
+            multiply_rows<COUNT>(rows, REGISTER_ROWS * x.columns);
         }
         write_sums<COUNT>(sums);
         F16 scale = load(scales);
@@ -168,22 +172,23 @@ struct Int8 {
 
     template <int COUNT>
     static void clear_sums() {
-        if constexpr (COUNT > 0) clear<COUNT - 1>(), clear_sums<COUNT - 1>();
+        if constexpr (COUNT > 0) clear<SUMS + COUNT - 1>(), clear_sums<COUNT - 1>();
     }
     template <int COUNT>
     static void write_sums(int32_t (*sums)[PANEL]) {
         if constexpr (COUNT > 0) {
-            write<COUNT - 1>(sums + (COUNT - 1) * REGISTER_ROWS, CACHE_LINE);
+            write<SUMS + COUNT - 1>(sums + (COUNT - 1) * REGISTER_ROWS, CACHE_LINE);
             write_sums<COUNT - 1>(sums);
         }
     }
+    // A group of the rows of COUNT registers, which lie `next` bytes apart, times the weights that have been read.
     template <int COUNT>
-    static void multiply_rows(const Activations<Int8>& x, int64_t row, int64_t g) {
+    static void multiply_rows(const int8_t* rows, int64_t next) {
         if constexpr (COUNT > 0) {
             constexpr int ROWS = ROWS_AT + COUNT % 2;
-            read<ROWS>(x.group(row + (COUNT - 1) * REGISTER_ROWS, g), GROUP);
-            multiply_int8<COUNT - 1, ROWS, WEIGHTS_AT>();
-            multiply_rows<COUNT - 1>(x, row, g);
+            read<ROWS>(rows + (COUNT - 1) * next, GROUP);
+            multiply_int8<SUMS + COUNT - 1, ROWS, WEIGHTS_AT>();
+            multiply_rows<COUNT - 1>(rows, next);
         }
     }
 #endif
@@ -194,6 +199,7 @@ struct FourBits {
     typedef int8_t Operand;
     typedef std::conditional_t<NF4_CODES, int32_t, float> Sum;
     static constexpr int ROWS = INT4_ROWS, SUM_FACTOR = NF4_CODES ? -32 : 1;
+    static constexpr bool SPREADS = true;  // codes to bytes, for registers
     static constexpr int64_t BLOCK = CODES + (NF4_CODES ? 32 : 64);
     static int64_t panel_bytes(int64_t columns) { return columns / GROUP * BLOCK; }
 
@@ -237,9 +243,9 @@ struct FourBits {
 
 #ifdef TILE_REGISTERS
     // `bytes` has room for the panel's codes as bytes, in the order of the columns.
-    template <typename Output>
+    template <typename Float>
     static void panel_in_registers(const uint8_t* w, const float*, const Activations<FourBits>& x, int8_t* bytes,
-                                   int64_t column, const Output& out) {
+                                   int64_t column, const Output<Float>& out) {
         const Table table = load_table(NF4);
         I16* lines = (I16*)bytes;
         for (int64_t g = 0; g < x.groups; g++)
@@ -263,10 +269,11 @@ struct FourBits {
         F16 sums[REGISTER_ROWS];
 #pragma GCC unroll 16
         for (int r = 0; r < REGISTER_ROWS; r++) sums[r] = zeros();
+        const int8_t* rows = x.first_group(row);
         for (int64_t g = 0; g < x.groups; g++, bytes += GROUP * PANEL, scales += BLOCK, group_sums++) {
-            int32_t products[REGISTER_ROWS][PANEL];
+            alignas(CACHE_LINE) int32_t products[REGISTER_ROWS][PANEL];
             clear<SUMS>();
-            read<ROWS_AT>(x.group(row, g), GROUP);
+            read<ROWS_AT>(rows + g * REGISTER_ROWS * GROUP, GROUP);
             read<WEIGHTS_AT>(bytes, CACHE_LINE);
             multiply_int8<SUMS, ROWS_AT, WEIGHTS_AT>();
             write<SUMS>(products, CACHE_LINE);
@@ -323,8 +330,10 @@ void panel_by_vectors(const uint8_t* w, const float* scales, const Activations<K
 
 #ifdef TILE_REGISTERS
 
+constexpr int64_t MOST_BY_VECTORS = 8;
+
 // How many rows lie together: those of a register, or of few rows each by itself, for vectors. The bits are the same.
-int64_t height_of(int64_t m) { return m <= 8 ? 1 : REGISTER_ROWS; }
+int64_t height_of(int64_t m) { return m <= MOST_BY_VECTORS ? 1 : REGISTER_ROWS; }
 
 template <typename Kind, typename Float>
 void panel(const uint8_t* w, const float* scales, const Activations<Kind>& x, int8_t* bytes, int64_t column,
@@ -356,7 +365,7 @@ void linear(const Float* x, int64_t m, int64_t k, int64_t n, const uint8_t* pack
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++) rows.quantize(x + row * k, row, k);
-        int8_t* bytes = height > 1 ? allocate<int8_t>(columns * PANEL) : nullptr;
+        int8_t* bytes = height > 1 && Kind::SPREADS ? allocate<int8_t>(columns * PANEL) : nullptr;
         TileRegisters registers(height);
 #pragma omp for schedule(guided)  // see bf16_linear.cpp
         for (int64_t p = 0; p < panels; p++) {

@@ -6,7 +6,7 @@ typedef int8_t int8_operand;
 constexpr int BF16_PANELS = 4, BF16_CHUNK = 1 << 12;
 #ifdef TILE_REGISTERS
 constexpr int BF16_FEW_ROWS = 16;
-constexpr Tile BF16_FEW = {1, 4}, BF16_MANY = {2, 2};
+constexpr Tile BF16_FEW = {1, 4}, BF16_MANY = {2, 2};  // in registers of rows
 #else
 constexpr int BF16_FEW_ROWS = 3;
 constexpr Tile BF16_FEW = {2, 4}, BF16_MANY = {4, 2};  // small: they have to compile

@@ -1,5 +1,6 @@
 // AMX: eight registers of at most sixteen lines of 64 bytes, and products of two of them that are added to a third; or
-// the same in scalar code (EMULATE_AVX512). Only variants with TILE_REGISTERS have them.
+// the same in scalar code (EMULATE_AVX512), but for subnormals, which AMX takes for zeros. Only variants with
+// TILE_REGISTERS have them.
 //
 // Sums are kept in registers 0 to 3, rows in 4 and 5, weights in 6 and 7. A product is summed line by line: what comes
 // out depends on its own line of the rows alone.
@@ -27,7 +28,7 @@ static_assert(sizeof(RegisterShapes) == 64, "as the processor reads it");
 #ifdef EMULATE_AVX512
 
 struct Register { uint8_t lines[16][64]; };
-static thread_local Register registers[8];
+static thread_local Register contents[8];
 static thread_local int64_t lines_of[8];
 
 struct TileRegisters {
@@ -38,14 +39,14 @@ struct TileRegisters {
 };
 
 template <int T>
-INLINE void clear() { memset(registers[T].lines, 0, sizeof registers[T].lines); }
+INLINE void clear() { memset(contents[T].lines, 0, sizeof contents[T].lines); }
 template <int T>
 INLINE void read(const void* p, int64_t stride) {
-    for (int64_t i = 0; i < lines_of[T]; i++) memcpy(registers[T].lines[i], (const char*)p + i * stride, 64);
+    for (int64_t i = 0; i < lines_of[T]; i++) memcpy(contents[T].lines[i], (const char*)p + i * stride, 64);
 }
 template <int T>
 INLINE void write(void* p, int64_t stride) {
-    for (int64_t i = 0; i < lines_of[T]; i++) memcpy((char*)p + i * stride, registers[T].lines[i], 64);
+    for (int64_t i = 0; i < lines_of[T]; i++) memcpy((char*)p + i * stride, contents[T].lines[i], 64);
 }
 
 // Of every line of rows and every column of weights PARTS sums, one for each place in a word, are added to the sums.
@@ -67,12 +68,12 @@ void multiply_add(Register& sums, const Register& rows, const Register& weights,
 }
 template <int SUM, int ROW, int WEIGHT>
 INLINE void multiply_bf16() {
-    multiply_add<float, bf16, 2>(registers[SUM], registers[ROW], registers[WEIGHT], lines_of[ROW],
+    multiply_add<float, bf16, 2>(contents[SUM], contents[ROW], contents[WEIGHT], lines_of[ROW],
                                  [](bf16 x) { return widen(x); });
 }
 template <int SUM, int ROW, int WEIGHT>
 INLINE void multiply_int8() {
-    multiply_add<int32_t, int8_t, 4>(registers[SUM], registers[ROW], registers[WEIGHT], lines_of[ROW],
+    multiply_add<int32_t, int8_t, 4>(contents[SUM], contents[ROW], contents[WEIGHT], lines_of[ROW],
                                      [](int8_t x) { return (int32_t)x; });
 }
 

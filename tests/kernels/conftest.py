@@ -3,10 +3,14 @@
 import pytest
 import torch
 
-from rollout_spec.kernels.build import VARIANTS, Unavailable, build, cpu_flags
+from rollout_spec.kernels.build import VARIANTS, Unavailable, build, cpu_flags, may_use_tile_registers
 from rollout_spec.kernels.library import Kernels
 
-RUNNABLE = [name for name, (needed, _) in VARIANTS.items() if needed <= cpu_flags()]
+RUNNABLE = [
+    name
+    for name, (needed, _) in VARIANTS.items()
+    if needed <= cpu_flags() and (name != "amx" or may_use_tile_registers())
+]
 
 
 @pytest.fixture(scope="session", params=RUNNABLE)

@@ -176,7 +176,12 @@ int main(int count, char**) {
                 bf16(m, n, k);
                 for (int kind = 0; kind < 3; kind++) quantized<uint16_t>(kind, m, n, k), quantized<float>(kind, m, n, k);
             }
-    for (int64_t m : {1, 5, 7, 32})  // columns of several chunks
+    for (int64_t m : {17, 33, 49, 65, 81})  // more rows than a tile or a register holds, and not a multiple of it
+        for (int64_t k : {31, 65}) {
+            bf16(m, 17, k);
+            for (int kind = 0; kind < 3; kind++) quantized<uint16_t>(kind, m, 17, k), quantized<float>(kind, m, 17, k);
+        }
+    for (int64_t m : {1, 5, 7, 17, 32, 49})  // columns of several chunks
         for (int64_t k : {600, 1030}) bf16(m, 70, k);
     puts("clean");
 }

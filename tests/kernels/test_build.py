@@ -12,7 +12,7 @@ import torch
 from rollout_spec.contracts import InvalidRequest
 from rollout_spec.kernels import build as building
 from rollout_spec.kernels import library
-from rollout_spec.kernels.build import VARIANTS, Unavailable, build, variant
+from rollout_spec.kernels.build import VARIANTS, Unavailable, build, variants
 from rollout_spec.models.linear import KernelLinear, make_linear
 
 FAKE = """#!/bin/sh
@@ -88,9 +88,10 @@ def test_several_processes_build_once(cache, compiler):
 
 
 def test_a_failing_compiler_leaves_nothing_behind(cache, compiler):
-    compiler(end="echo 'error: no such register' >&2; exit 1")
-    with pytest.raises(Unavailable, match="no such register"):
-        build("avx2")
+    for word in ("error", "Error"):  # the compiler's and the assembler's
+        compiler(end=f"echo it failed >&2; echo '{word}: no such register' >&2; exit 1")
+        with pytest.raises(Unavailable, match="no such register"):
+            build("avx2")
     assert {path.suffix for path in cache.iterdir()} == {".lock"}
 
 
@@ -110,7 +111,7 @@ def test_the_variant_follows_the_cpu_and_the_switch(monkeypatch):
         monkeypatch.setattr(building, "may_use_tile_registers", lambda: permitted)
         monkeypatch.setattr(building, "cpu_flags", lambda: frozenset(flags))
         monkeypatch.setenv("ROLLOUT_SPEC_KERNELS", switch)
-        return variant()
+        return variants()[0]
 
     avx2, avx512, amx = (VARIANTS[name][0] for name in ("avx2", "avx512", "amx"))
     assert on(avx2) == on(avx512, "avx2") == "avx2"
@@ -118,6 +119,8 @@ def test_the_variant_follows_the_cpu_and_the_switch(monkeypatch):
     assert on(avx512) == on(avx512, "avx512") == "avx512" and on(avx2, "emulated") == "emulated"
     assert on(amx) == on(amx, "amx") == "amx" and on(amx, "avx512") == on(amx, permitted=False) == "avx512"
     assert on(amx - {"amx_int8"}) == on(amx - {"amx_bf16"}) == "avx512"
+    with pytest.raises(Unavailable, match=r"does not let this process use AMX's registers.*KERNELS=avx512"):
+        on(amx, "amx", permitted=False)
     with pytest.raises(Unavailable, match="this CPU lacks avx2, f16c, fma"):
         on({"sse2"})
     with pytest.raises(Unavailable, match="this CPU lacks avx512_bf16, avx512_vnni"):
@@ -140,6 +143,23 @@ def test_without_them_stock_layers_are_used_and_one_line_says_so(cache, monkeypa
     assert [record.getMessage() for record in caplog.records] == [
         "CPU kernels are not available, torch's own are used: no C++ compiler; install g++, or name one in CXX"
     ]
+
+
+def test_without_an_assembler_for_amx_the_next_best_is_used(cache, monkeypatch, caplog, afresh):
+    """As with binutils from before AMX."""
+    monkeypatch.setattr(library, "variants", lambda: ["amx", "emulated"])
+    monkeypatch.setattr(library, "may_use_tile_registers", lambda: True)
+
+    def old(name):
+        if name == "amx":
+            raise Unavailable("no such instruction: tileloadd")
+        return build(name)
+
+    monkeypatch.setattr(library, "build", old)
+    with caplog.at_level(logging.WARNING, "rollout_spec"):
+        assert library.kernels().variant == "emulated"
+    (record,) = caplog.records
+    assert "amx are not available, those for emulated are used: no such instruction" in record.getMessage()
 
 
 def test_a_library_that_cannot_be_loaded_is_named_and_done_without(cache, compiler, caplog, afresh):

@@ -39,8 +39,8 @@ def different_rows(kernels, kind, shape, counts):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampled_numbers_of_rows(kernels, kind, threads):
-    if kernels.variant == "emulated":
-        pytest.skip("very slow, and the same code for any number of rows")
+    if kernels.variant.startswith("emulated"):
+        pytest.skip("very slow; smaller shapes are tested elsewhere")
     for shape in SHAPES["300m"]:
         assert not different_rows(kernels, kind, shape, [*range(1, 14), 16, 24, 31, 32, 33, 65, 128, 257])
 
@@ -65,7 +65,7 @@ def test_the_test_can_fail(monkeypatch):
 @pytest.mark.parametrize("size", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_of_rows(kernels, kind, size, threads):
-    if kernels.variant == "emulated":
-        pytest.skip("very slow, and the same code for any number of rows")
+    if kernels.variant.startswith("emulated"):
+        pytest.skip("very slow; smaller shapes are tested elsewhere")
     for shape in SHAPES[size]:
         assert not different_rows(kernels, kind, shape, range(1, ROWS + 1)), shape

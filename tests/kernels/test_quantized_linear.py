@@ -1,5 +1,7 @@
 """Quantized products: right against float64 and against the stored weights, rows independent to the bit."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -84,8 +86,8 @@ def test_integers_and_their_products_are_exact(make):
 
 def test_the_largest_sums_do_not_overflow(make):
     """Every product at its largest magnitude and of one sign, in the widest group sums."""
-    for sign in (1, -1):
-        weight, x = torch.full((16, 4096), 127.0), torch.full((3, 4096), 127.0 * sign)
+    for sign, rows in product((1, -1), (3, 16)):
+        weight, x = torch.full((16, 4096), 127.0), torch.full((rows, 4096), 127.0 * sign)
         weight[:, ::64] = 126 if make.kind == "int4" else 127  # int4 needs a range
         y, exact = make(weight)(x), x.double() @ weight.double().T
         assert relative_error(y, exact) < 5e-3
