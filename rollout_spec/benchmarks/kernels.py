@@ -89,15 +89,18 @@ class KernelBenchmark:
         weights = self._linear_weights()
         packed = [(own.pack_bf16(weight), weight.shape[0]) for weight in weights]
         self.notes["kernels"] = own.variant
+
+        def theirs(inputs: dict[int, Tensor]) -> list[Tensor]:
+            return [functional.linear(inputs[weight.shape[1]], weight) for weight in weights]
+
+        def ours(inputs: dict[int, Tensor]) -> list[Tensor]:
+            rows = (inputs[weight.shape[1]] for weight in weights)
+            return [own.bf16_linear(x, p, n, None) for x, (p, n) in zip(rows, packed)]
+
         for rows in LINEAR_ROWS:
             inputs = {k: torch.randn(rows, k).bfloat16() for k in {weight.shape[1] for weight in weights}}
             self._pair(
-                f"linears of {rows} rows over torch's",
-                lambda inputs=inputs: [functional.linear(inputs[w.shape[1]], w) for w in weights],
-                lambda inputs=inputs: [
-                    own.bf16_linear(inputs[w.shape[1]], p, n, None) for w, (p, n) in zip(weights, packed)
-                ],
-                1.0,
+                f"linears of {rows} rows over torch's", partial(theirs, inputs), partial(ours, inputs), 1.0
             )
 
     def verify(self) -> None:
