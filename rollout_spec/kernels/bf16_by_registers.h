@@ -6,7 +6,8 @@
 namespace {
 
 // Rows that go together, and the multiple of columns that their products need.
-constexpr int64_t ROWS_TOGETHER = REGISTER_ROWS, COLUMNS = 32;
+constexpr int64_t ROWS_TOGETHER = REGISTER_ROWS, COLUMNS = 32, FEW_ROWS = REGISTER_ROWS;
+constexpr Tile FEW = {1, 4}, MANY = {2, 2};  // rows in registers
 constexpr int64_t LINES = COLUMNS / 2;  // of a panel, in a register
 static_assert(CHUNK % LINES == 0, "a chunk is whole registers");
 
@@ -24,6 +25,7 @@ void lay_out(const bf16* x, int64_t k, int64_t padded, int64_t count, int64_t he
             }
 }
 
+// Sums of a register of rows, one panel behind the other: from zero, or as they were kept.
 template <int FIRST, int COUNT>
 INLINE void start(float* kept, bool from_zero) {
     if constexpr (COUNT > 0) {

@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int64_t ROWS_TOGETHER = 1, COLUMNS = 2;
+constexpr int64_t ROWS_TOGETHER = 1, COLUMNS = 2, FEW_ROWS = BF16_FEW_ROWS;
+constexpr Tile FEW = BF16_FEW, MANY = BF16_MANY;
 int64_t height_of(int64_t) { return 1; }
 
 void lay_out(const bf16* x, int64_t k, int64_t padded, int64_t count, int64_t, bf16_operand* out) {

@@ -2,9 +2,9 @@
 //
 // A weight [n, k] is packed into panels of 16 outputs, of which BF16_PANELS lie line by line beside each other,
 // [n/16/BF16_PANELS, k/2, BF16_PANELS, 16, 2]: a line holds two columns of 16 rows, and a weight is read from its first
-// byte to its last. Missing rows, and columns up to a multiple of COLUMNS, are zeros. Every output is one chain of multiply-adds in float32 in the
-// order of the columns, whichever rows, panels and threads share the work: its bits depend on its own row alone. (With
-// tile registers it is a chain of the sums over 32 columns.)
+// byte to its last. Missing rows, and columns up to a multiple of COLUMNS, are zeros. Every output is one chain of
+// multiply-adds in float32 in the order of the columns, or with tile registers of sums over 32 of them, whichever rows,
+// panels and threads share the work: its bits depend on its own row alone.
 #include "kernels.h"
 #include "layout.h"
 #ifdef TILE_REGISTERS
@@ -90,8 +90,8 @@ EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf
                         int threads) {
     if (m == 0) return;
     int64_t padded = round_up(k, COLUMNS), panels = round_up(n, PANEL) / PANEL;
-    bool few = m <= BF16_FEW_ROWS;
-    Tiling tiling(round_up(m, ROWS_TOGETHER) / ROWS_TOGETHER, few ? BF16_FEW.rows : BF16_MANY.rows);
+    bool few = m <= FEW_ROWS;
+    Tiling tiling(round_up(m, ROWS_TOGETHER) / ROWS_TOGETHER, few ? FEW.rows : MANY.rows);
     bool alone = tiling.count == 1;
     int64_t places = round_up(m, height_of(m));  // of rows
     bf16_operand* shared = alone ? nullptr : allocate<bf16_operand>(places * padded);
@@ -111,8 +111,7 @@ EXPORT void bf16_linear(const bf16* x, int64_t m, int64_t k, int64_t n, const bf
         }
         float* kept = allocate<float>(places * BF16_PANELS * PANEL);
         TileRegisters registers(height_of(m));
-        auto run = few ? panels_times_rows<BF16_FEW.panels, BF16_FEW.rows>
-                       : panels_times_rows<BF16_MANY.panels, BF16_MANY.rows>;
+        auto run = few ? panels_times_rows<FEW.panels, FEW.rows> : panels_times_rows<MANY.panels, MANY.rows>;
 #pragma omp for schedule(guided)  // who is slowed down by others does less, and still reads long stretches
         for (int64_t p = 0; p < panels; p += BF16_PANELS)
             run(packed + first_line(p, padded), operands, m, tiling, padded, p * PANEL, kept, out);

@@ -13,6 +13,7 @@
 #include "nf4.h"
 #include "tile_registers.h"
 
+#include <optional>
 #include <type_traits>
 
 namespace {
@@ -366,7 +367,8 @@ void linear(const Float* x, int64_t m, int64_t k, int64_t n, const uint8_t* pack
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++) rows.quantize(x + row * k, row, k);
         int8_t* bytes = height > 1 && Kind::SPREADS ? allocate<int8_t>(columns * PANEL) : nullptr;
-        TileRegisters registers(height);
+        std::optional<TileRegisters> registers;
+        if (height > 1) registers.emplace(height);
 #pragma omp for schedule(guided)  // see bf16_linear.cpp
         for (int64_t p = 0; p < panels; p++) {
             const float* own = scales ? scales + p * PANEL : nullptr;

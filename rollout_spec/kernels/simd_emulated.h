@@ -3,14 +3,8 @@
 
 typedef bf16 bf16_operand;
 typedef int8_t int8_operand;
-constexpr int BF16_PANELS = 4, BF16_CHUNK = 1 << 12;
-#ifdef TILE_REGISTERS
-constexpr int BF16_FEW_ROWS = 16;
-constexpr Tile BF16_FEW = {1, 4}, BF16_MANY = {2, 2};  // in registers of rows
-#else
-constexpr int BF16_FEW_ROWS = 3;
+constexpr int BF16_PANELS = 4, BF16_FEW_ROWS = 3, BF16_CHUNK = 1 << 12;
 constexpr Tile BF16_FEW = {2, 4}, BF16_MANY = {4, 2};  // small: they have to compile
-#endif
 constexpr int INT8_ROWS = 3, INT4_ROWS = 3;
 
 #undef INLINE

@@ -118,6 +118,10 @@ def test_the_variant_follows_the_cpu_and_the_switch(monkeypatch):
     assert on(avx512 - {"avx512_bf16"}) == on(avx512 - {"avx512_vnni"}) == "avx2"
     assert on(avx512) == on(avx512, "avx512") == "avx512" and on(avx2, "emulated") == "emulated"
     assert on(amx) == on(amx, "amx") == "amx" and on(amx, "avx512") == on(amx, permitted=False) == "avx512"
+    on(amx)
+    assert variants() == ["amx", "avx512"], "where the first does not build"
+    on(amx, "amx")
+    assert variants() == ["amx"], "who asked for it is told"
     assert on(amx - {"amx_int8"}) == on(amx - {"amx_bf16"}) == "avx512"
     with pytest.raises(Unavailable, match=r"does not let this process use AMX's registers.*KERNELS=avx512"):
         on(amx, "amx", permitted=False)
