@@ -44,7 +44,6 @@ class AcceptanceTracker:
 
     def survival(self, slots: np.ndarray) -> np.ndarray:
         """P(draft tokens 1..j of a sequence are all accepted), float64 [B, longest], falling in j."""
-        self._grow(slots)
         return survival(self._request, slots, self._rejection, self._expected, _REQUEST_PRIOR)
 
     def observe(self, slots: np.ndarray, lengths: np.ndarray, accepted: np.ndarray) -> None:

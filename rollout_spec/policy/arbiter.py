@@ -87,11 +87,11 @@ class Arbiter:
         for arm, gain in gains.items():
             if arm in (best, self.arms[0]) or gain <= 0:
                 continue
+            if seconds * max(gains[best] / gain - 1, _LEAST_LOSS) > self._budget:
+                continue
             here = _BUCKET_SPREAD**2 / (1 + self._bucket[arm][self._index(batch)].predicted / _PRIOR)
             anywhere = _SPREAD**2 / (1 + self._pooled[arm].predicted / _PRIOR)
-            optimism = math.exp(math.sqrt(here + anywhere))
-            loss = seconds * max(gains[best] / gain - 1, _LEAST_LOSS)
-            if gain * optimism > gains[best] and loss <= self._budget:
+            if gain * math.exp(math.sqrt(here + anywhere)) > gains[best]:
                 return arm
         return None
 
@@ -121,4 +121,4 @@ class Arbiter:
                     record.discount(share)
 
     def _index(self, batch: int) -> int:
-        return min(batch.bit_length() - 1, len(self._bucket[self.arms[0]]) - 1)
+        return min(batch.bit_length(), self._buckets) - 1

@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median_low
 from typing import NamedTuple
 
@@ -179,8 +179,9 @@ class AutomaticPolicy(SpeculationPolicy):
             round = Round(self, state, weights, pair, pair, 2, 1.0)
             for arm in self.arbiter.arms[1:] if matches else self.acceptance:
                 chosen = round.candidate(arm)
+                _ = chosen.tokens
                 if chosen.drafter is not None:
-                    self._until_in_doubt(round, arm, chosen)
+                    self._until_in_doubt(round, chosen, 1.0)
         if (took := time.perf_counter() - began) > 1:
             logger.info(
                 "compiled the policy's inner loops in %.0f s; the code is kept for the next start", took
@@ -213,7 +214,7 @@ class AutomaticPolicy(SpeculationPolicy):
             if self._last is None:
                 round = Round(self, state, self._weights, room, found, context, self._plain_seconds)
                 return self._carry_out(round, self._mode, None, Reason.STILL_PAYS)
-            if (lengths := np.minimum(self._last.draft_lengths, room)).any():
+            if np.count_nonzero(lengths := np.minimum(self._last.draft_lengths, room)):
                 return self._again(self._last, lengths)
         self._held, self._offers, self._slots = 0, offers, state.slots
         drafters = [name for name in state.drafters if name in self.acceptance]
@@ -319,8 +320,10 @@ class AutomaticPolicy(SpeculationPolicy):
         """Draft as `arm` does, unless this pass is to show what plain decoding does."""
         known, plain_seconds, self._last = self._known[arm], round.plain_seconds, None
         chosen = chosen or round.candidate(arm)
-        now = self._corrected(arm, chosen, round.batch) * known.together
-        if arm == HISTORY and instead is None and now <= 1:  # its matches come and go between looks
+        gain = self._corrected(arm, chosen, round.batch)
+        if (
+            arm == HISTORY and instead is None and gain * known.together <= 1
+        ):  # its matches come and go between looks
             return Plan.plain(round.batch, Reason.NOT_WORTH, plain_seconds)
         if (why := self._plain_for_comparison(round.batch, known.gain)) is not None:
             return Plan.plain(round.batch, why, plain_seconds)
@@ -329,7 +332,7 @@ class AutomaticPolicy(SpeculationPolicy):
         )
         lengths, stop = chosen.draft_lengths, None
         if chosen.drafter is not None and round.state.stoppable and self.ragged:
-            lengths, stop = self._until_in_doubt(round, arm, chosen)
+            lengths, stop = self._until_in_doubt(round, chosen, gain)
         plan = Plan(
             lengths, chosen.from_history, chosen.drafter, reason, known.gain, chosen.seconds, stop, forecast
         )
@@ -346,7 +349,16 @@ class AutomaticPolicy(SpeculationPolicy):
         if (why := self._plain_for_comparison(len(lengths), last.gain)) is not None:
             return Plan.plain(len(lengths), why, self._plain_seconds)
         reason = last.reason if last.reason is Reason.EXPLORE else Reason.STILL_PAYS
-        return replace(last, draft_lengths=lengths, reason=reason)
+        return Plan(
+            lengths,
+            last.from_history,
+            last.drafter,
+            reason,
+            last.gain,
+            last.seconds,
+            last.stop,
+            last.forecast,
+        )
 
     def _plain_for_comparison(self, batch: int, gain: float) -> Reason | None:
         """Why this pass is to show what plain decoding does, if it is."""
@@ -357,8 +369,10 @@ class AutomaticPolicy(SpeculationPolicy):
         seen, age = self.costs.plain_age(batch)
         return Reason.REFERENCE if seen < _REFERENCES or age > _REFERENCE_AGE else None
 
-    def _until_in_doubt(self, round: Round, arm: str, chosen: Candidate) -> tuple[np.ndarray, UntilInDoubt]:
-        """Draft lengths with room beyond those chosen, and what decides on the way how much of it is used."""
+    def _until_in_doubt(
+        self, round: Round, chosen: Candidate, gain: float
+    ) -> tuple[np.ndarray, UntilInDoubt]:
+        """Draft lengths with room beyond those chosen, and what decides on the way how much of it is used, at that gain."""
         assert chosen.drafter is not None
         name, batch, context = chosen.drafter, round.batch, round.context
         matches = round.state.matches
@@ -367,7 +381,7 @@ class AutomaticPolicy(SpeculationPolicy):
             chosen.draft_lengths, chosen.before, round.room, chosen.alive, confidence, _ROOM,
             self.costs.prices[TARGET], context,
         )  # fmt: skip
-        rate = max(self._corrected(arm, chosen, batch), 1.0) / round.plain_seconds
+        rate = max(gain, 1.0) / round.plain_seconds
 
         def step(drafting: int) -> float:
             return rate * self.costs.draft(name, drafting, context * drafting // batch)
@@ -389,7 +403,9 @@ class AutomaticPolicy(SpeculationPolicy):
         due: list[str] = []
         others: list[str] = []
         for arm in arms:
-            known = self._known.setdefault(arm, _Known(self._passes - 1))
+            known = self._known.get(arm)
+            if known is None:
+                known = self._known[arm] = _Known(self._passes - 1)
             near = self._mode == PLAIN and known.gain > _NEAR
             (due if near or not known.valid or arm == self._mode else others).append(arm)
         if others:
@@ -445,9 +461,9 @@ class AutomaticPolicy(SpeculationPolicy):
         """
         if not self._makespan:
             return 1.0
-        tau = float(candidate.tokens.mean())
+        tau, variance = candidate.tokens
         passes = max(often * float(state.allowed.max()) / tau, 1.0)
-        drift = math.sqrt(candidate.variance * passes)
+        drift = math.sqrt(variance * passes)
         lost = self.lengths.delay(state.outputs, state.allowed, drift) / passes
         return 1.0 - self._makespan * min(lost, tau - 1.0) / tau
 

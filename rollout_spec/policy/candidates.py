@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rollout_spec.policy.compiled import deepest, powers, put_behind
+from rollout_spec.policy.compiled import deepest, powers, put_behind, spread
 from rollout_spec.policy.cost_model import TARGET
 from rollout_spec.policy.records import HISTORY, StepState
 
@@ -44,16 +43,9 @@ class Candidate(NamedTuple):
         return self.draft_lengths if self.drafter is None else self.before
 
     @property
-    def tokens(self) -> np.ndarray:
-        """Tokens expected of each sequence, the target's own included, float64 [B]."""
-        return 1.0 + self.certain + self.alive[:, : self.depth].sum(1)
-
-    @property
-    def variance(self) -> float:
-        """Of the tokens of a sequence, over sequences and passes; those of history ahead of a drafter's left out."""
-        alive = self.alive[:, : self.depth]
-        mean, square = alive.sum(1).mean(), (alive @ (2 * np.arange(self.depth) + 1)).mean()
-        return max(float(square - mean * mean), 0.0)
+    def tokens(self) -> tuple[float, float]:
+        """Of a sequence, the target's own included, mean and variance over sequences and passes."""
+        return spread(self.alive, self.depth, self.certain)
 
 
 class Round:
@@ -72,36 +64,38 @@ class Round:
         self.policy, self.state, self.weights, self.room = policy, state, weights, room
         self.found = found
         self.batch, self.context, self.plain_seconds = len(weights), context, plain_seconds
-        self.zeros = np.zeros(self.batch, np.int64)
+        self.none, self.nothing = np.zeros(self.batch, np.int64), np.zeros(self.batch)
+        self._of_history: Candidate | None = None  # made once, for the arms that go on behind it
 
     def candidate(self, arm: str) -> Candidate:
         """The best plan of one arm: history, a drafter with weights, or one behind the other."""
         if arm == HISTORY:
-            return self._history
+            return self._history()
         return self._drafted(arm, arm.removeprefix(f"{HISTORY}+"))
 
-    @cached_property
     def _history(self) -> Candidate:
         """History alone: no cost but the rows to verify."""
-        matches = self.state.matches
-        assert matches is not None
-        alive = powers(matches.confidence, self.found, self.policy.longest)
-        return self._best(alive, self.found, None)
+        if self._of_history is None:
+            matches = self.state.matches
+            assert matches is not None
+            alive = powers(matches.confidence, self.found, self.policy.longest)
+            self._of_history = self._best(alive, self.found, None)
+        return self._of_history
 
     def _drafted(self, arm: str, name: str) -> Candidate:
         """A drafter with weights, behind what history proposes if the arm says so."""
         alive = self.policy.acceptance[name].survival(self.state.slots)
         if arm == name:
             return self._best(alive, self.room, name)
-        before, matches = self._history.draft_lengths, self.state.matches
+        before, matches = self._history().draft_lengths, self.state.matches
         assert matches is not None
         certain = put_behind(alive, matches.confidence, before)
-        return self._best(alive, self.room - before, name, before, certain)
+        return self._best(alive, self.room, name, before, certain)
 
     def _best(
         self,
         alive: np.ndarray,
-        limit: np.ndarray,
+        room: np.ndarray,
         drafter: str | None,
         before: np.ndarray | None = None,
         certain: np.ndarray | None = None,
@@ -110,19 +104,17 @@ class Round:
 
         Args:
             alive: P(tokens 1..j accepted), float64 [B, longest], falling in j; it is used up.
-            limit: Most tokens per sequence, int64 [B].
+            room: Most tokens per sequence, those ahead included, int64 [B].
             drafter: Who drafts them, or None where drafting is free.
             before: Tokens drafted ahead of these, int64 [B], if any.
             certain: Tokens expected of those, float64 [B].
         """
-        policy, costs, worth = self.policy, self.policy.costs, 1.0
+        policy, prices = self.policy, self.policy.costs.prices
         if before is None or certain is None:
-            before = certain = self.zeros
-        else:
-            worth += float(self.weights @ certain)
-        step = None if drafter is None else costs.prices[drafter]
+            before, certain = self.none, self.nothing
+        step = None if drafter is None else prices[drafter]
         lengths, depth, gain, seconds = deepest(
-            alive, before, limit, self.weights, costs.prices[TARGET], step, self.context, policy.deciding, worth,
+            alive, before, certain, room, self.weights, prices[TARGET], step, self.context, policy.deciding,
             self.plain_seconds, policy.last_gain, policy.ragged or drafter is None,
         )  # fmt: skip
         return Candidate(drafter, lengths, before, certain, alive, depth, gain, seconds)

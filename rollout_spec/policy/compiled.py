@@ -17,6 +17,7 @@ from numba import njit
 P_NORM = 1.5  # see `cost_model`
 MOST = 0.999  # nothing is certain
 _LEAST = 1e-12  # nor impossible
+_POINTS = 24  # of an integral about a limit
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -127,7 +128,7 @@ def survival(
     It is the drafter's hazard at every position, times how much worse it does for a sequence.
 
     Args:
-        request: Tokens tried and accepted by slot, float64 [slots, 2].
+        request: Tokens tried and accepted by slot, float64 [slots, 2]; of slots beyond, none.
         slots: Of the sequences, int64.
         rejection: P(token j is rejected | those before it were not) of the drafter, float64 [L].
         expected: Its mean.
@@ -136,7 +137,8 @@ def survival(
     alive = np.empty((len(slots), len(rejection)))
     times, reached = np.empty(len(slots)), np.ones(len(slots))
     for i, slot in enumerate(slots):
-        tried, accepted = request[slot, 0], request[slot, 1]
+        known = slot < len(request)
+        tried, accepted = (request[slot, 0], request[slot, 1]) if known else (0.0, 0.0)
         times[i] = (tried - accepted + prior * expected) / (tried + prior) / expected
     for j in range(len(rejection)):
         for i in range(len(slots)):  # inside, so that no product waits for the one before
@@ -174,13 +176,13 @@ def put_behind(alive: np.ndarray, confidence: np.ndarray, before: np.ndarray) ->
 def deepest(
     alive: np.ndarray,
     before: np.ndarray,
-    limit: np.ndarray,
+    certain: np.ndarray,
+    room: np.ndarray,
     weights: np.ndarray,
     target: Prices,
     drafter: Prices | None,
     context: int,
     ahead: float,
-    worth: float,
     plain_seconds: float,
     gain_now: float,
     ragged: bool,
@@ -193,13 +195,13 @@ def deepest(
     Args:
         alive: P(tokens 1..j accepted), float64 [B, L], falling in j; set to 0 for what is not on offer.
         before: Tokens drafted ahead of these, int64.
-        limit: Most tokens of each sequence, int64.
+        certain: Tokens expected of those, float64.
+        room: Most tokens of each sequence, those included, int64.
         weights: What a token of it is worth, float64.
         target: Of verify passes.
         drafter: Of a draft step, or None where drafting is free.
         context: Context tokens of all sequences together.
         ahead: Seconds spent before the first draft step.
-        worth: What is emitted without these tokens is worth this much.
         plain_seconds: Of a plain pass.
         gain_now: Speed over plain decoding of what runs.
         ragged: Whether K may differ between sequences.
@@ -208,7 +210,9 @@ def deepest(
         Draft lengths, those `before` included, int64; the depth to stop at; its gain; the seconds of that pass.
     """
     batch, longest = alive.shape
-    history = before.sum()
+    history, limit, worth = before.sum(), room - before, 1.0
+    for i in range(batch):
+        worth += weights[i] * certain[i]
     if drafter is not None and history:
         ahead += catching_up(drafter, batch, history)
     price = -1.0  # of one more token of one sequence, in what a token of weight 1 is worth
@@ -296,13 +300,53 @@ def further(
 
 
 @compiled
+def _up_to(rising: np.ndarray, value: float, known: int) -> int:
+    """How many are at most `value`, as at least `known` are."""
+    low, high = known, len(rising)
+    while low < high:
+        middle = (low + high) >> 1
+        if rising[middle] <= value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@compiled
+def _outlasting(
+    finished: np.ndarray,
+    output: int,
+    tokens: np.ndarray,
+    reach: float,
+    shortest: float,
+    unseen: float,
+    alive: np.ndarray,
+) -> None:
+    """`outlasting` of one sequence that nothing limits, into `alive` [X]; 0 from `reach` tokens on."""
+    passed = _up_to(finished, output, 0)
+    share, scale = 1.0 / (len(finished) - passed + unseen), max(output, shortest)
+    alive[:] = 0.0
+    for j in range(len(tokens)):
+        if tokens[j] >= reach:
+            break
+        passed = _up_to(finished, output + tokens[j], passed)
+        alive[j] = (len(finished) - passed + unseen * scale / (scale + tokens[j])) * share
+
+
+@compiled
+def _within(allowed: int, width: float, tokens: float) -> float:
+    """P(a limit is beyond so many tokens) if it lies evenly within `width` of `allowed`."""
+    return min(max((allowed + width - tokens) * 0.5 / width, 0.0), 1.0)
+
+
+@compiled
 def outlasting(
     finished: np.ndarray,
     outputs: np.ndarray,
     allowed: np.ndarray,
     tokens: np.ndarray,
-    width: np.ndarray,
-    scale: np.ndarray,
+    blur: float,
+    shortest: float,
     unseen: float,
 ) -> np.ndarray:
     """P(more than x tokens are still to come) for x in `tokens` [X], float64 [B, X]; see `RemainingLength`.
@@ -312,21 +356,16 @@ def outlasting(
         outputs: Tokens so far, int64.
         allowed: Tokens that may still come, int64.
         tokens: Rising, float64 [X].
-        width: Half the width in tokens over which it falls to 0 about `allowed`, float64.
-        scale: Of the prior, in tokens, float64.
+        blur: It falls to 0 within this part of `allowed` about it.
+        shortest: Least scale of the prior, in tokens.
         unseen: Weight of the prior, in lengths.
     """
-    alive = np.zeros((len(outputs), len(tokens)))
+    alive = np.empty((len(outputs), len(tokens)))
     for i in range(len(outputs)):
-        passed = np.searchsorted(finished, outputs[i], side="right")
-        share, slope = 1.0 / (len(finished) - passed + unseen), 0.5 / width[i]
+        width = blur * allowed[i]
+        _outlasting(finished, outputs[i], tokens, allowed[i] + width, shortest, unseen, alive[i])
         for j in range(len(tokens)):
-            limit = (allowed[i] + width[i] - tokens[j]) * slope
-            if limit <= 0.0:
-                break
-            passed += np.searchsorted(finished[passed:], outputs[i] + tokens[j], side="right")
-            left = len(finished) - passed + unseen * scale[i] / (scale[i] + tokens[j])
-            alive[i, j] = min(limit, 1.0) * left * share
+            alive[i, j] *= _within(allowed[i], width, tokens[j])
     return alive
 
 
@@ -339,6 +378,8 @@ def ending_last(alive: np.ndarray) -> np.ndarray:
     batch, points = alive.shape
     last, done = np.full(batch, _LEAST), np.empty(batch)
     for x in range(points - 1):
+        if not alive[:, x].any():
+            break
         all_done = 1.0
         for i in range(batch):
             done[i] = max(1.0 - 0.5 * (alive[i, x] + alive[i, x + 1]), _LEAST)
@@ -351,21 +392,69 @@ def ending_last(alive: np.ndarray) -> np.ndarray:
 
 
 @compiled
-def delayed(sharp: np.ndarray, blurred: np.ndarray, tokens: np.ndarray) -> float:
-    """By how many tokens the last of all ends later if P(it runs on past `tokens` [X]) is `blurred`, not `sharp`, [B, X].
+def last_to_finish(
+    finished: np.ndarray,
+    outputs: np.ndarray,
+    allowed: np.ndarray,
+    tokens: np.ndarray,
+    blur: float,
+    shortest: float,
+    unseen: float,
+) -> np.ndarray:
+    """`ending_last` of what is `outlasting`."""
+    ending: np.ndarray = ending_last(outlasting(finished, outputs, allowed, tokens, blur, shortest, unseen))
+    return ending
 
-    E max(R) is the integral of 1 - P(R_1 <= x) ... P(R_B <= x); the trapezoidal rule.
+
+@compiled
+def delayed(
+    finished: np.ndarray,
+    outputs: np.ndarray,
+    allowed: np.ndarray,
+    grid: np.ndarray,
+    sharp: float,
+    blurred: float,
+    shortest: float,
+    unseen: float,
+) -> float:
+    """By how many tokens the last of all ends later if limits lie within `blurred` tokens of `allowed`, not `sharp`.
+
+    E max(R) is the integral of 1 - P(R_1 <= x) ... P(R_B <= x); the trapezoidal rule over `grid` and, about the furthest limit,
+    over points as close as `blurred` asks. The wider of the two is `blurred`. Else see `outlasting`.
     """
-    later, before = 0.0, 0.0
-    for x in range(len(tokens)):
-        one, other = 1.0, 1.0
-        for i in range(len(sharp)):
-            one *= 1.0 - sharp[i, x]
-            other *= 1.0 - blurred[i, x]
-        if x:
-            later += 0.5 * (before + one - other) * (tokens[x] - tokens[x - 1])
-        before = one - other
+    top = allowed.max()
+    edge = max(top - blurred, 0.0)
+    tokens = np.concatenate((grid[: np.searchsorted(grid, edge)], np.linspace(edge, top + blurred, _POINTS)))
+    alive, done, done_later = np.empty(len(tokens)), np.ones(len(tokens)), np.ones(len(tokens))
+    for i in range(len(outputs)):
+        narrow, wide = min(allowed[i], sharp), min(allowed[i], blurred)
+        _outlasting(finished, outputs[i], tokens, allowed[i] + wide, shortest, unseen, alive)
+        for x in range(len(tokens)):
+            done[x] *= 1.0 - alive[x] * _within(allowed[i], narrow, tokens[x])
+            done_later[x] *= 1.0 - alive[x] * _within(allowed[i], wide, tokens[x])
+    waiting = done - done_later
+    later = 0.0
+    for x in range(1, len(tokens)):
+        later += 0.5 * (waiting[x - 1] + waiting[x]) * (tokens[x] - tokens[x - 1])
     return later
+
+
+@compiled
+def spread(alive: np.ndarray, depth: int, certain: np.ndarray) -> tuple[float, float]:
+    """Mean and variance of the tokens of a sequence, over sequences and passes; the target's own included.
+
+    Args:
+        alive: P(tokens 1..j accepted), float64 [B, L], falling in j; 0 for those not drafted.
+        depth: How many of each are drafted at most.
+        certain: Tokens expected ahead of these; they add nothing to the variance, float64 [B].
+    """
+    mean = square = 0.0
+    for i in range(len(alive)):
+        for j in range(depth):
+            mean += alive[i, j]
+            square += (2 * j + 1) * alive[i, j]
+    mean /= len(alive)
+    return 1.0 + certain.mean() + mean, max(square / len(alive) - mean * mean, 0.0)
 
 
 @compiled

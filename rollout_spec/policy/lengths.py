@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from rollout_spec.policy.compiled import delayed, ending_last, outlasting
+from rollout_spec.policy.compiled import delayed, last_to_finish, outlasting
 
 _KEPT = 4096  # lengths remembered
 _UNSEEN = 1.0  # weight of the prior, in finished answers longer than the request's present length
 _SHORTEST_SCALE = 32.0  # tokens: scale of the prior for a request that has just begun
 _BLUR = 0.5  # relative: known limits are blurred by this much, as sequences do not advance at one pace
 _SHARP = 0.25  # tokens: blur of a limit where paces do not drift apart
-_POINTS = 24  # of the integral over the blur
 _SQRT3 = 3**0.5  # half width of a uniform distribution, in standard deviations
 GRID = np.concatenate(([0.0], np.geomspace(4.0, 65536.0, 29)))
 
@@ -34,26 +33,16 @@ class RemainingLength:
             if len(self._finished) > _KEPT:
                 self._finished = self._finished[::2]
 
-    def survival(
-        self,
-        outputs: np.ndarray,
-        allowed: np.ndarray,
-        tokens: np.ndarray = GRID,
-        blur: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """P(more than x tokens are still to come) for x in `tokens` [X], float64 [B, X]; 0 from about `allowed` on.
-
-        `blur`, float64 [B], is half the width in tokens over which it falls to 0 there; by default, half of `allowed`.
-        """
-        width, scale = _BLUR * allowed if blur is None else blur, np.maximum(outputs, _SHORTEST_SCALE)
-        return outlasting(self._finished, outputs, allowed, tokens, width, scale, _UNSEEN)
+    def survival(self, outputs: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+        """P(more than x tokens are still to come) for x in `GRID` [X], float64 [B, X]; 0 from about `allowed` on."""
+        return outlasting(self._finished, outputs, allowed, GRID, _BLUR, _SHORTEST_SCALE, _UNSEEN)
 
     def last_to_finish(self, outputs: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """P(the request ends last of all that are live), float64 [B], sums to 1.
 
         Requests are taken to be independent and to advance at one pace.
         """
-        return ending_last(self.survival(outputs, allowed))
+        return last_to_finish(self._finished, outputs, allowed, GRID, _BLUR, _SHORTEST_SCALE, _UNSEEN)
 
     def delay(self, outputs: np.ndarray, allowed: np.ndarray, drift: float) -> float:
         """Tokens by which the end of the last request moves off if paces drift apart on the way.
@@ -65,10 +54,5 @@ class RemainingLength:
             drift: Standard deviation of the lead that one request has by then, in tokens, at least 0.
         """
         half = max(_SQRT3 * drift, 2 * _SHARP)
-        top = float(allowed.max())
-        edge = max(top - half, 0.0)
-        tokens = np.concatenate((GRID[edge > GRID], np.linspace(edge, top + half, _POINTS)))
-        sharp, blurred = (
-            self.survival(outputs, allowed, tokens, np.minimum(allowed, width)) for width in (_SHARP, half)
-        )
-        return max(delayed(sharp, blurred, tokens), 0.0)
+        found = delayed(self._finished, outputs, allowed, GRID, _SHARP, half, _SHORTEST_SCALE, _UNSEEN)
+        return max(found, 0.0)

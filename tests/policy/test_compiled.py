@@ -81,11 +81,23 @@ def test_of_what_is_on_offer_the_depth_of_the_largest_gain_is_taken(rng, drafter
         limit[0] = LONGEST
         given = powers(rng.uniform(0, 1, BATCH), limit, LONGEST)
         before = rng.integers(0, 3, BATCH)
-        context, history, ahead, worth, plain = 5000, int(before.sum()), 2e-3, 1.2, 0.02
+        certain = before * rng.uniform(0, 1, BATCH)
+        context, history, ahead, plain = 5000, int(before.sum()), 2e-3, 0.02
         step = None if drafter is None else prices(drafter)
         alive = given.copy()
         lengths, depth, gain, duration = deepest(
-            alive, before, limit, weights, prices(TARGET), step, context, ahead, worth, plain, 1.3, ragged
+            alive,
+            before,
+            certain,
+            before + limit,
+            weights,
+            prices(TARGET),
+            step,
+            context,
+            ahead,
+            plain,
+            1.3,
+            ragged,
         )
         offered = (alive > 0).sum(1)
         np.testing.assert_array_equal(lengths, before + np.minimum(offered, depth))
@@ -102,7 +114,11 @@ def test_of_what_is_on_offer_the_depth_of_the_largest_gain_is_taken(rng, drafter
             for j in range(0 if step is None else longest):
                 active = int((offered > j).sum())
                 taken += seconds(step, active, active, context * active // BATCH)
-            emitted = worth + sum(w * a[:k].sum() for w, a, k in zip(weights, given, lengths, strict=True))
+            emitted = (
+                1
+                + weights @ certain
+                + sum(w * a[:k].sum() for w, a, k in zip(weights, given, lengths, strict=True))
+            )
             found.append((emitted * plain / taken, taken))
         assert (gain, duration) == pytest.approx(max(found), rel=1e-9)
         assert (gain, duration) == pytest.approx(found[depth - 1], rel=1e-9)
@@ -114,7 +130,7 @@ def test_a_token_is_on_offer_if_it_is_worth_its_price(rng):
     wanted = (alive * weights[:, None] > row * 1.3 / 0.002).sum(1)
     limit = np.full(2, LONGEST)
     none = np.zeros(2, np.int64)
-    deepest(alive, none, limit, weights, prices(TARGET), None, 100, 0.0, 1.0, 0.002, 1.3, True)
+    deepest(alive, none, np.zeros(2), limit, weights, prices(TARGET), None, 100, 0.0, 0.002, 1.3, True)
     offered = (alive > 0).sum(1)
     np.testing.assert_array_equal(offered, wanted)
     assert LONGEST > offered[0] > offered[1]
@@ -161,12 +177,12 @@ def test_drafts_grow_behind_history_as_far_as_there_is_room():
 def test_outlasting_counts_what_ran_longer(rng):
     finished, outputs = np.sort(rng.integers(1, 500, 300)).astype(float), rng.integers(0, 400, BATCH)
     allowed, tokens = rng.integers(1, 300, BATCH), np.array([0.0, 3.0, 50.0, 220.0])
-    width, scale, unseen = 0.5 * allowed, np.full(BATCH, 40.0), 1.0
-    found = outlasting(finished, outputs, allowed, tokens, width, scale, unseen)
+    found = outlasting(finished, outputs, allowed, tokens, 0.5, 40.0, 1.0)
     for i in range(BATCH):
+        scale, width = max(outputs[i], 40.0), 0.5 * allowed[i]
         for j, x in enumerate(tokens):
-            ran_longer = (finished > outputs[i] + x).sum() + 40 / (40 + x)
-            limit = np.clip((allowed[i] + width[i] - x) / (2 * width[i]), 0, 1)
+            ran_longer = (finished > outputs[i] + x).sum() + scale / (scale + x)
+            limit = np.clip((allowed[i] + width - x) / (2 * width), 0, 1)
             assert found[i, j] == pytest.approx(limit * ran_longer / ((finished > outputs[i]).sum() + 1))
 
 

@@ -60,6 +60,15 @@ def test_an_update_makes_room_for_new_evidence():
     assert updated.mean < old.mean
 
 
+def test_of_slots_beyond_those_seen_nothing_is_known():
+    tracker = AcceptanceTracker(4, capacity=2)
+    tracker.observe(np.array([0, 1]), np.array([4, 4]), np.array([4, 0]))
+    fresh = AcceptanceTracker(4, capacity=1000)
+    fresh.observe(np.array([0, 1]), np.array([4, 4]), np.array([4, 0]))
+    slots = np.array([0, 999, 1])
+    np.testing.assert_array_equal(tracker.survival(slots), fresh.survival(slots))
+
+
 def test_sequences_without_drafts_teach_nothing():
     tracker = AcceptanceTracker(4)
     tracker.observe(np.array([0, 1]), np.array([0, 0]), np.array([0, 0]))

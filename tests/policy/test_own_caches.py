@@ -147,7 +147,7 @@ def test_of_one_that_takes_the_place_of_another_what_is_known_stays_if_it_costs_
 def test_what_a_drafter_that_comes_later_needs_is_compiled_when_it_comes(monkeypatch):
     compiled = []
     made = AutomaticPolicy(CostModel({"target": COSTS.passes["target"]}))
-    monkeypatch.setattr(made, "_until_in_doubt", lambda round, arm, chosen: compiled.append(arm))
+    monkeypatch.setattr(made, "_until_in_doubt", lambda round, chosen, gain: compiled.append(chosen.drafter))
     made.add_drafter("trained", TRAINED)
     assert "trained" in compiled
 
