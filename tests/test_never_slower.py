@@ -3,16 +3,26 @@
 import numpy as np
 import pytest
 
-from rollout_spec.benchmarks.never_slower import _enough, _overhead, _Switching, decision_microseconds
+from rollout_spec.benchmarks import toggling
+from rollout_spec.benchmarks.never_slower import _enough, decision_microseconds
+from rollout_spec.benchmarks.toggling import Switching, overhead, toggling_overhead
+from rollout_spec.example_policy import example_folder
 from rollout_spec.policy.automatic import AutomaticPolicy
 
 ON, OFF = 0.03, 0.02  # seconds of a step
 
 
 def steps(modes, after_a_switch=0.0, hiccups=0):
-    made = _Switching(4, 1, lambda: True)
+    made = Switching(4, 1, lambda: True)
     for step, (before, on) in enumerate(zip([modes[0], *modes], modes)):
-        made.steps.append((on, (ON if on else OFF) + after_a_switch * (on != before) + (step < hiccups)))
+        made.steps.append(
+            (
+                on,
+                (ON if on else OFF)
+                + after_a_switch * (on != before)
+                + (step % 20 == 19 and step < 20 * hiccups),
+            )
+        )
     return made
 
 
@@ -23,13 +33,62 @@ def test_what_a_switch_costs_shows_though_only_half_of_the_steps_follow_one(pric
         modes = (np.random.default_rng(seed).random(400) < 0.5).tolist()
         switches = np.count_nonzero(np.diff(modes))
         paid = price * switches / (sum(modes) * ON + (400 - sum(modes)) * OFF)
-        assert _overhead(always, never, steps(modes, price)) == pytest.approx(paid, rel=0.15, abs=1e-9)
+        assert overhead(steps(modes, price), always, never) == pytest.approx(paid, rel=0.15, abs=1e-9)
 
 
 def test_a_few_steps_in_which_the_machine_did_something_else_do_not_count():
     always, never = steps(100 * [True], hiccups=3), steps(100 * [False])
-    mixed = steps([True, False] * 100, hiccups=8)
-    assert _overhead(always, never, mixed) == pytest.approx(0.0, abs=1e-9)
+    mixed = steps([True, True, False] * 70, hiccups=6)
+    assert overhead(mixed, always, never) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_first_steps_whose_weights_may_be_in_no_cache_do_not_count():
+    always, never, mixed = steps(100 * [True]), steps(100 * [False]), steps([True, False] * 50)
+    for made in (always, never, mixed):
+        made.steps[:5] = [(on, 10 * seconds) for on, seconds in made.steps[:5]]
+    assert overhead(mixed, always, never) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_toggling_is_compared_with_a_plain_decoder_beside_whom_the_drafters_weights_are_read(monkeypatch):
+    """It is never on; the steps that stand for the verify passes are not kept."""
+    made, reads = [], []
+
+    class Watched(toggling._Beside):
+        def __init__(self, *what):
+            super().__init__(*what)
+            self.all_steps = 0
+            made.append(self)
+
+        def observe(self, state, plan, outcome):
+            self.all_steps += 1
+            super().observe(state, plan, outcome)
+
+        def _read(self):
+            reads.append(len(self._drafter))
+            super()._read()
+
+    monkeypatch.setattr(toggling, "_Beside", Watched)
+    found = toggling_overhead(example_folder() / "policy", batch=2, pairs=2, seed=0)
+    assert found["identical"] and found["tokens"] == 2 * toggling._TOKENS
+    assert {"overhead", "overhead_beyond_cache", "off_beside"} <= found.keys()
+    assert len(made) == 2
+    assert all(not on for policy in made for on, _ in policy.steps)
+    kept, stood_in = sum(len(policy.steps) for policy in made), len(reads)
+    assert min(kept, stood_in) > 50
+    assert sum(policy.all_steps for policy in made) == pytest.approx(kept + stood_in, abs=2)
+    assert min(reads) > 4, "all linears of the drafter"
+
+
+def test_answers_that_differ_are_said(monkeypatch):
+    generate, calls = toggling.RolloutEngine.generate, []
+
+    def altered(self, *what, **options):
+        answers = generate(self, *what, **options)
+        calls.append(1)
+        return answers[::-1] if len(calls) == 3 else answers
+
+    monkeypatch.setattr(toggling.RolloutEngine, "generate", altered)
+    assert not toggling_overhead(example_folder() / "policy", batch=2, pairs=1, seed=0)["identical"]
 
 
 @pytest.mark.parametrize("median", [0.9, 1.0])

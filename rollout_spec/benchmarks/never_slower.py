@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count, cycle, islice
 from pathlib import Path
@@ -25,9 +24,9 @@ from rollout_spec.engine import RolloutEngine
 from rollout_spec.example_policy import load_problems
 from rollout_spec.models.checkpoint import read_checkpoint
 from rollout_spec.policy.automatic import AutomaticPolicy
-from rollout_spec.policy.baselines import Off, Stateless
+from rollout_spec.policy.baselines import Off
 from rollout_spec.policy.cost_model import CostModel, PassCost
-from rollout_spec.policy.records import Matches, Plan, Reason, StepOutcome, StepState
+from rollout_spec.policy.records import Matches, StepOutcome, StepState
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = 64  # of every answer: all end together, which is where tokens ahead of the others are worth least
@@ -63,7 +62,8 @@ class NeverSlower:
                 max_model_len=512,
                 max_num_seqs=max(batches),
                 kv_cache_tokens=max(batches) * 192,
-                speculation=_speculation() | {"canary": False, "canary_min_acceptance": 0.0},
+                speculation={"drafter": usual_quantizer("cpu", torch.bfloat16), "draft_length": 4}
+                | {"canary": False, "canary_min_acceptance": 0.0},
             )
             for _ in range(3)
         ]
@@ -158,88 +158,6 @@ def _enough(speedups: Sequence[float], pairs: int) -> bool:
         return False
     median, low = float(np.median(speedups)), median_interval(speedups, level=0.90)[0]
     return len(speedups) >= _MOST * pairs or median - low <= max(_CLOSE, (median - 1) / 2)
-
-
-def _speculation() -> dict[str, Any]:
-    return {"drafter": usual_quantizer("cpu", torch.bfloat16), "draft_length": 4}
-
-
-class _Switching(Stateless):
-    """Speculates with K tokens in the steps that `on` says.
-
-    Attributes:
-        steps: Of those with all sequences live: whether it speculated, and the seconds.
-    """
-
-    def __init__(self, draft_length: int, batch: int, on: Callable[[], bool]) -> None:
-        self.draft_length, self._batch, self._on = draft_length, batch, on
-        self.steps: list[tuple[bool, float]] = []
-
-    def plan(self, state: StepState) -> Plan:
-        lengths = np.minimum(self.draft_length, state.allowed - 1)
-        if not self._on() or not state.drafters or not lengths.any():
-            return Plan.plain(len(state.slots), Reason.FIXED)
-        return Plan(lengths, np.zeros_like(lengths), state.drafters[0], Reason.FIXED)
-
-    def observe(self, state: StepState, plan: Plan, outcome: StepOutcome) -> None:
-        if len(state.slots) == self._batch:
-            self.steps.append((plan.speculates, outcome.seconds))
-
-    def times(self, on: bool) -> tuple[int, float]:
-        """Steps with speculation or those without: how many, and the mean of their seconds.
-
-        A median would not see what half of the steps pay. The slowest twentieth, in which the machine did something else, is
-        left out.
-        """
-        seconds = np.sort([s for speculated, s in self.steps if speculated is on])
-        return len(seconds), float(seconds[: math.ceil(0.95 * len(seconds))].mean())
-
-
-def toggling_overhead(path: Path, batch: int, pairs: int, seed: int) -> dict[str, Any]:
-    """What switching at random in every step costs over the weighted mean of both modes.
-
-    Three engines emit the same tokens in turns: always on, always off, and on or off at random in every step. The mean
-    on and off steps of the third are compared with those of the first two, in the proportions of the third.
-    """
-    engines = [
-        RolloutEngine.from_pretrained(
-            path, seed=seed, max_model_len=512, max_num_seqs=batch, speculation=_speculation()
-        )
-        for _ in range(3)
-    ]
-    prompts = sorted(load_problems().prompts(256, seed, "test"), key=len)[-batch:]
-    ids = [f"toggling-{row}" for row in range(batch)]
-    params = SamplingParams(max_tokens=160, ignore_eos=True)
-    rng = np.random.default_rng(seed)
-    modes = (lambda: True, lambda: False, lambda: bool(rng.random() < 0.5))
-
-    overheads, tokens, identical = [], 0, True
-    for _ in range(pairs):
-        engines.append(engines.pop(0))
-        policies = [_Switching(4, batch, on) for on in modes]
-        works = [
-            Work(engine, policy, partial(engine.generate, prompts, params, request_ids=ids))
-            for engine, policy in zip(engines, policies, strict=True)
-        ]
-        always, never, mixed = ([c.token_ids for c in completions] for _, completions in in_turns(works))
-        identical = identical and always == never == mixed
-        tokens = sum(map(len, never))
-        overheads.append(_overhead(*policies))
-    low, high = median_interval(overheads)
-    return {
-        "batch": batch,
-        "overhead": round(float(np.median(overheads)), 4),
-        "interval": [round(low, 4), round(high, 4)],
-        "identical": identical,
-        "tokens": tokens,
-        "triples": pairs,
-    }
-
-
-def _overhead(always: _Switching, never: _Switching, mixed: _Switching) -> float:
-    """Of the steps of `mixed`, over as many of either mode as the others took them."""
-    (ons, on), (offs, off) = mixed.times(True), mixed.times(False)
-    return (ons * on + offs * off) / (ons * always.times(True)[1] + offs * never.times(False)[1]) - 1
 
 
 def decision_microseconds(changing: bool = False) -> dict[str, float]:
