@@ -147,6 +147,9 @@ def longtail(
     finish(Report("bench longtail", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
 
 
+_NEVER_SLOWER = ("sweep", "toggling", "decisions")
+
+
 @command.command("never-slower")
 @click.option(
     "--size", type=click.Choice(SIZES), default="100m", show_default=True, help="Of the shipped policy."
@@ -161,43 +164,49 @@ def longtail(
 @click.option(
     "--batch", "batches", type=click.IntRange(1, 128), multiple=True, help="Only this size; may be repeated."
 )
+@click.option(
+    "--only", type=click.Choice(_NEVER_SLOWER), multiple=True, help="Run this part only; may be repeated."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of prompts and noise.")
 @report_options
-def never_slower(size: str, pairs: int, batches: tuple[int, ...], seed: int, json_path: Path | None) -> None:
+def never_slower(
+    size: str, pairs: int, batches: tuple[int, ...], only: tuple[str, ...], seed: int, json_path: Path | None
+) -> None:
     """Automatic mode against plain decoding at every batch size, with a useful and a useless drafter, and updates."""
-    console = Console()
-    sweep = NeverSlower(expanded_policy(size), pairs, seed, console, batches or BATCHES)
-    sweep.useful()
-    sweep.useless()
-    sweep.updated()
-    checks = [
-        Check(f"automatic vs plain, {name}, lower bound", row["lower_95"], ">= 0.98", row["lower_95"] >= 0.98)
-        for name, row in sweep.ratios.items()
-    ]
-    comparisons = {1: 3 * pairs, 8: pairs}  # at B=1 there are few passes in each, and they vary more
-    toggling = [toggling_overhead(expanded_policy(size), *of, seed) for of in comparisons.items()]
-    for row in toggling:
-        for name, what in (("overhead", ""), ("overhead_beyond_cache", " beyond what sharing a cache costs")):
-            overhead = row[name]["median"]
-            checks.append(
-                Check(f"toggling at random{what}, B={row['batch']}", overhead, "<= 0.02", overhead <= 0.02)
-            )
-        checks.append(
-            Check(f"toggling, same tokens, B={row['batch']}", row["identical"], "yes", row["identical"])
-        )
-    decisions = decision_microseconds()
-    checks.append(
-        Check("a decision at B=64, microseconds", decisions["B=64"], "<= 50", decisions["B=64"] <= 50)
-    )
-    results = {
-        "model": f"shipped arithmetic policy, expanded to {size}",
-        "drafter": sweep.drafter,
-        "ratios": sweep.ratios,
-        "costs": sweep.calibration.cost_model.to_dict(),
-        "toggling": toggling,
-        "decision_microseconds": decisions,
-        "look_microseconds": decision_microseconds(changing=True),
-    }
+    console, parts = Console(), only or _NEVER_SLOWER
+    results: dict[str, Any] = {"model": f"shipped arithmetic policy, expanded to {size}"}
+    checks: list[Check] = []
+    if "sweep" in parts:
+        sweep = NeverSlower(expanded_policy(size), pairs, seed, console, batches or BATCHES)
+        sweep.useful()
+        sweep.useless()
+        sweep.updated()
+        for name, row in sweep.ratios.items():
+            low = row["lower_95"]
+            checks.append(Check(f"automatic vs plain, {name}, lower bound", low, ">= 0.98", low >= 0.98))
+        results |= {
+            "drafter": sweep.drafter,
+            "ratios": sweep.ratios,
+            "costs": sweep.calibration.cost_model.to_dict(),
+        }
+    if "toggling" in parts:
+        comparisons = {1: 3 * pairs, 8: pairs}  # at B=1 there are few passes in each, and they vary more
+        toggling = [toggling_overhead(expanded_policy(size), *of, seed) for of in comparisons.items()]
+        for row in toggling:
+            B = row["batch"]
+            for name, what in (("overhead", ""), ("overhead_beyond_cache", " beyond sharing a cache")):
+                share = row[name]["median"]
+                checks.append(Check(f"toggling at random{what}, B={B}", share, "<= 0.02", share <= 0.02))
+            checks.append(Check(f"toggling, same tokens, B={B}", row["identical"], "yes", row["identical"]))
+        results["toggling"] = toggling
+    if "decisions" in parts:
+        decisions = decision_microseconds()
+        took = decisions["B=64"]
+        checks.append(Check("a decision at B=64, microseconds", took, "<= 50", took <= 50))
+        results |= {
+            "decision_microseconds": decisions,
+            "look_microseconds": decision_microseconds(changing=True),
+        }
     finish(Report("bench never-slower", results, checks, EvidenceLevel.L1, seed=seed), json_path, console)
 
 
