@@ -1,9 +1,9 @@
 """What it costs to turn speculation on and off at random in every step, part of `rollout-spec bench never-slower`.
 
 Nothing is made or thrown away when speculation is turned on or off. But both kinds of steps read weights by way of one cache:
-where it holds much of the policy, a step that drafted leaves less of that there for the next. Every way to mix them pays
-this. How much that is shows in rollouts that never toggle: between their steps, as often as the other kind of step would come
-there, the weights are read that it would read, outside of what is timed.
+where that holds much of the policy, a step that drafted leaves less of it there for the next. Every way to mix them pays
+this. How much it is shows in a rollout that never drafts: between its steps, as often as others would draft there, the drafter's
+weights are read, outside of what is timed.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def toggling_overhead(path: Path, batch: int, pairs: int, seed: int) -> dict[str
     the first are compared with those of the others, in the proportions of the first.
 
     Returns:
-        Median and interval over the comparisons of `overhead`, over the modes alone; of `overhead_beyond_cache`, over on and
-        off beside the drafter's weights; and by how much steps of either mode take longer than alone.
+        Median and interval over the comparisons: of `overhead`, over the modes alone; of `overhead_beyond_cache`, over always
+        on alone and off beside the drafter's weights; and by how much steps of either mode take longer than alone.
     """
     engine = RolloutEngine.from_pretrained(
         path,

@@ -87,11 +87,8 @@ class Arbiter:
         for arm, gain in gains.items():
             if arm in (best, self.arms[0]) or gain <= 0:
                 continue
-            if seconds * max(gains[best] / gain - 1, _LEAST_LOSS) > self._budget:
-                continue
-            here = _BUCKET_SPREAD**2 / (1 + self._bucket[arm][self._index(batch)].predicted / _PRIOR)
-            anywhere = _SPREAD**2 / (1 + self._pooled[arm].predicted / _PRIOR)
-            if gain * math.exp(math.sqrt(here + anywhere)) > gains[best]:
+            loss = seconds * max(gains[best] / gain - 1, _LEAST_LOSS)
+            if loss <= self._budget and gain * self._optimism(arm, batch) > gains[best]:
                 return arm
         return None
 
@@ -119,6 +116,12 @@ class Arbiter:
             if arm != best:
                 for record in (self._pooled[arm], *self._bucket[arm]):
                     record.discount(share)
+
+    def _optimism(self, arm: str, batch: int) -> float:
+        """Factor by which an arm may be better than is known."""
+        here = _BUCKET_SPREAD**2 / (1 + self._bucket[arm][self._index(batch)].predicted / _PRIOR)
+        anywhere = _SPREAD**2 / (1 + self._pooled[arm].predicted / _PRIOR)
+        return math.exp(math.sqrt(here + anywhere))
 
     def _index(self, batch: int) -> int:
         return min(batch.bit_length(), self._buckets) - 1

@@ -179,7 +179,7 @@ class AutomaticPolicy(SpeculationPolicy):
             round = Round(self, state, weights, pair, pair, 2, 1.0)
             for arm in self.arbiter.arms[1:] if matches else self.acceptance:
                 chosen = round.candidate(arm)
-                _ = chosen.tokens
+                _ = chosen.spread
                 if chosen.drafter is not None:
                     self._until_in_doubt(round, chosen, 1.0)
         if (took := time.perf_counter() - began) > 1:
@@ -321,9 +321,7 @@ class AutomaticPolicy(SpeculationPolicy):
         known, plain_seconds, self._last = self._known[arm], round.plain_seconds, None
         chosen = chosen or round.candidate(arm)
         gain = self._corrected(arm, chosen, round.batch)
-        if (
-            arm == HISTORY and instead is None and gain * known.together <= 1
-        ):  # its matches come and go between looks
+        if arm == HISTORY and instead is None and gain * known.together <= 1:  # its matches come and go
             return Plan.plain(round.batch, Reason.NOT_WORTH, plain_seconds)
         if (why := self._plain_for_comparison(round.batch, known.gain)) is not None:
             return Plan.plain(round.batch, why, plain_seconds)
@@ -461,7 +459,7 @@ class AutomaticPolicy(SpeculationPolicy):
         """
         if not self._makespan:
             return 1.0
-        tau, variance = candidate.tokens
+        tau, variance = candidate.spread
         passes = max(often * float(state.allowed.max()) / tau, 1.0)
         drift = math.sqrt(variance * passes)
         lost = self.lengths.delay(state.outputs, state.allowed, drift) / passes

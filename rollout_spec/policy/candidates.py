@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -43,8 +44,8 @@ class Candidate(NamedTuple):
         return self.draft_lengths if self.drafter is None else self.before
 
     @property
-    def tokens(self) -> tuple[float, float]:
-        """Of a sequence, the target's own included, mean and variance over sequences and passes."""
+    def spread(self) -> tuple[float, float]:
+        """Mean and variance of a sequence's tokens, the target's own included, over sequences and passes."""
         return spread(self.alive, self.depth, self.certain)
 
 
@@ -65,29 +66,27 @@ class Round:
         self.found = found
         self.batch, self.context, self.plain_seconds = len(weights), context, plain_seconds
         self.none, self.nothing = np.zeros(self.batch, np.int64), np.zeros(self.batch)
-        self._of_history: Candidate | None = None  # made once, for the arms that go on behind it
 
     def candidate(self, arm: str) -> Candidate:
         """The best plan of one arm: history, a drafter with weights, or one behind the other."""
         if arm == HISTORY:
-            return self._history()
+            return self._history
         return self._drafted(arm, arm.removeprefix(f"{HISTORY}+"))
 
+    @cached_property
     def _history(self) -> Candidate:
         """History alone: no cost but the rows to verify."""
-        if self._of_history is None:
-            matches = self.state.matches
-            assert matches is not None
-            alive = powers(matches.confidence, self.found, self.policy.longest)
-            self._of_history = self._best(alive, self.found, None)
-        return self._of_history
+        matches = self.state.matches
+        assert matches is not None
+        alive = powers(matches.confidence, self.found, self.policy.longest)
+        return self._best(alive, self.found, None)
 
     def _drafted(self, arm: str, name: str) -> Candidate:
         """A drafter with weights, behind what history proposes if the arm says so."""
         alive = self.policy.acceptance[name].survival(self.state.slots)
         if arm == name:
             return self._best(alive, self.room, name)
-        before, matches = self._history().draft_lengths, self.state.matches
+        before, matches = self._history.draft_lengths, self.state.matches
         assert matches is not None
         certain = put_behind(alive, matches.confidence, before)
         return self._best(alive, self.room, name, before, certain)

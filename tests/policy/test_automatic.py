@@ -459,6 +459,6 @@ def test_the_variance_of_a_candidate_is_that_of_its_own_tokens():
     for certain in (np.zeros(2), np.full(2, 3.0)):
         many = certain.astype(int)
         found = Candidate("nf4", many + 3, many, certain, alive, 3, 1.0, 1.0)
-        mean, variance = found.tokens
+        mean, variance = found.spread
         assert variance == pytest.approx(taken.var(), rel=0.02)
         assert mean == pytest.approx(1 + certain.mean() + taken.mean(), rel=0.02)
