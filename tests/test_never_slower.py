@@ -1,11 +1,15 @@
 """`rollout-spec bench never-slower`: how it counts."""
 
+import json
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from rollout_spec.benchmarks import toggling
 from rollout_spec.benchmarks.never_slower import _enough, decision_microseconds
 from rollout_spec.benchmarks.toggling import Switching, overhead, toggling_overhead
+from rollout_spec.commands.bench import never_slower
 from rollout_spec.example_policy import example_folder
 from rollout_spec.policy.automatic import AutomaticPolicy
 
@@ -15,14 +19,8 @@ ON, OFF = 0.03, 0.02  # seconds of a step
 def steps(modes, after_a_switch=0.0, hiccups=0):
     made = Switching(4, 1, lambda: True)
     for step, (before, on) in enumerate(zip([modes[0], *modes], modes)):
-        made.steps.append(
-            (
-                on,
-                (ON if on else OFF)
-                + after_a_switch * (on != before)
-                + (step % 20 == 19 and step < 20 * hiccups),
-            )
-        )
+        hiccup = step % 20 == 19 and step < 20 * hiccups
+        made.steps.append((on, (ON if on else OFF) + after_a_switch * (on != before) + hiccup))
     return made
 
 
@@ -116,3 +114,16 @@ def test_looks_are_timed_where_every_pass_has_new_sequences(changing, monkeypatc
     found = decision_microseconds(changing)
     assert set(found) == {f"B={2**b}" for b in range(8)}
     assert (len(looks) == 400 * len(found)) is changing
+
+
+def test_batch_sizes_without_a_sweep_are_refused():
+    found = CliRunner().invoke(never_slower, ["--only", "decisions", "--batch", "8"])
+    assert found.exit_code == 2
+    assert "--batch 8 is of the sweep" in found.output and "add --only sweep" in found.output
+
+
+def test_one_part_is_run_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("rollout_spec.commands.bench.NeverSlower", None)
+    CliRunner().invoke(never_slower, ["--only", "decisions", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert found.keys() == {"model", "decision_microseconds", "look_microseconds"}

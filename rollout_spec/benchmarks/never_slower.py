@@ -62,8 +62,12 @@ class NeverSlower:
                 max_model_len=512,
                 max_num_seqs=max(batches),
                 kv_cache_tokens=max(batches) * 192,
-                speculation={"drafter": usual_quantizer("cpu", torch.bfloat16), "draft_length": 4}
-                | {"canary": False, "canary_min_acceptance": 0.0},
+                speculation={
+                    "drafter": usual_quantizer("cpu", torch.bfloat16),
+                    "draft_length": 4,
+                    "canary": False,
+                    "canary_min_acceptance": 0.0,
+                },
             )
             for _ in range(3)
         ]

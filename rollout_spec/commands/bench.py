@@ -162,7 +162,11 @@ _NEVER_SLOWER = ("sweep", "toggling", "decisions")
     help="Comparisons per batch size, at least; up to three times as many where they vary.",
 )
 @click.option(
-    "--batch", "batches", type=click.IntRange(1, 128), multiple=True, help="Only this size; may be repeated."
+    "--batch",
+    "batches",
+    type=click.IntRange(1, 128),
+    multiple=True,
+    help="Sweep this size only; may be repeated.",
 )
 @click.option(
     "--only", type=click.Choice(_NEVER_SLOWER), multiple=True, help="Run this part only; may be repeated."
@@ -174,6 +178,10 @@ def never_slower(
 ) -> None:
     """Automatic mode against plain decoding at every batch size, with a useful and a useless drafter, and updates."""
     console, parts = Console(), only or _NEVER_SLOWER
+    if batches and "sweep" not in parts:
+        raise click.UsageError(
+            f"--batch {batches[0]} is of the sweep, which --only leaves out: add --only sweep, or omit --batch"
+        )
     results: dict[str, Any] = {"model": f"shipped arithmetic policy, expanded to {size}"}
     checks: list[Check] = []
     if "sweep" in parts:

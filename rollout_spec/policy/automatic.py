@@ -348,15 +348,8 @@ class AutomaticPolicy(SpeculationPolicy):
             return Plan.plain(len(lengths), why, self._plain_seconds)
         reason = last.reason if last.reason is Reason.EXPLORE else Reason.STILL_PAYS
         return Plan(
-            lengths,
-            last.from_history,
-            last.drafter,
-            reason,
-            last.gain,
-            last.seconds,
-            last.stop,
-            last.forecast,
-        )
+            lengths, last.from_history, last.drafter, reason, last.gain, last.seconds, last.stop, last.forecast
+        )  # fmt: skip
 
     def _plain_for_comparison(self, batch: int, gain: float) -> Reason | None:
         """Why this pass is to show what plain decoding does, if it is."""

@@ -65,7 +65,6 @@ class Round:
         self.policy, self.state, self.weights, self.room = policy, state, weights, room
         self.found = found
         self.batch, self.context, self.plain_seconds = len(weights), context, plain_seconds
-        self.none, self.nothing = np.zeros(self.batch, np.int64), np.zeros(self.batch)
 
     def candidate(self, arm: str) -> Candidate:
         """The best plan of one arm: history, a drafter with weights, or one behind the other."""
@@ -110,7 +109,7 @@ class Round:
         """
         policy, prices = self.policy, self.policy.costs.prices
         if before is None or certain is None:
-            before, certain = self.none, self.nothing
+            before, certain = np.zeros(self.batch, np.int64), np.zeros(self.batch)
         step = None if drafter is None else prices[drafter]
         lengths, depth, gain, seconds = deepest(
             alive, before, certain, room, self.weights, prices[TARGET], step, self.context, policy.deciding,

@@ -392,21 +392,6 @@ def ending_last(alive: np.ndarray) -> np.ndarray:
 
 
 @compiled
-def last_to_finish(
-    finished: np.ndarray,
-    outputs: np.ndarray,
-    allowed: np.ndarray,
-    tokens: np.ndarray,
-    blur: float,
-    shortest: float,
-    unseen: float,
-) -> np.ndarray:
-    """`ending_last` of what is `outlasting`."""
-    ending: np.ndarray = ending_last(outlasting(finished, outputs, allowed, tokens, blur, shortest, unseen))
-    return ending
-
-
-@compiled
 def delayed(
     finished: np.ndarray,
     outputs: np.ndarray,

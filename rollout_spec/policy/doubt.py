@@ -34,7 +34,6 @@ class Leads:
     def __init__(self, memory: float = _MEMORY) -> None:
         self._memory = memory
         self._tried, self._accepted = np.zeros((2, len(_ENDS) + 1))
-        self._weight = self._tried + _PRIOR_TOKENS
 
     @property
     def shares(self) -> np.ndarray:
@@ -43,7 +42,7 @@ class Leads:
 
     def acceptance(self, mean: float) -> np.ndarray:
         """By class of leads, float64 [13]; `mean` where little was seen."""
-        return (self._accepted + _PRIOR_TOKENS * mean) / self._weight
+        return (self._accepted + _PRIOR_TOKENS * mean) / (self._tried + _PRIOR_TOKENS)
 
     def observe(self, leads: np.ndarray, lengths: np.ndarray, accepted: np.ndarray) -> None:
         """Learn from verified drafts.
@@ -60,7 +59,6 @@ class Leads:
         classes, count = classes_of(leads), len(self._tried)
         self._tried = kept * self._tried + np.bincount(classes[tried], minlength=count)
         self._accepted = kept * self._accepted + np.bincount(classes[tried & right], minlength=count)
-        self._weight = self._tried + _PRIOR_TOKENS
 
 
 def classes_of(leads: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rollout_spec.policy.compiled import delayed, last_to_finish, outlasting
+from rollout_spec.policy.compiled import delayed, ending_last, outlasting
 
 _KEPT = 4096  # lengths remembered
 _UNSEEN = 1.0  # weight of the prior, in finished answers longer than the request's present length
@@ -42,7 +42,7 @@ class RemainingLength:
 
         Requests are taken to be independent and to advance at one pace.
         """
-        return last_to_finish(self._finished, outputs, allowed, GRID, _BLUR, _SHORTEST_SCALE, _UNSEEN)
+        return ending_last(self.survival(outputs, allowed))
 
     def delay(self, outputs: np.ndarray, allowed: np.ndarray, drift: float) -> float:
         """Tokens by which the end of the last request moves off if paces drift apart on the way.

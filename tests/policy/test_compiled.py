@@ -86,19 +86,8 @@ def test_of_what_is_on_offer_the_depth_of_the_largest_gain_is_taken(rng, drafter
         step = None if drafter is None else prices(drafter)
         alive = given.copy()
         lengths, depth, gain, duration = deepest(
-            alive,
-            before,
-            certain,
-            before + limit,
-            weights,
-            prices(TARGET),
-            step,
-            context,
-            ahead,
-            plain,
-            1.3,
-            ragged,
-        )
+            alive, before, certain, before + limit, weights, prices(TARGET), step, context, ahead, plain, 1.3, ragged
+        )  # fmt: skip
         offered = (alive > 0).sum(1)
         np.testing.assert_array_equal(lengths, before + np.minimum(offered, depth))
         if step is not None:
@@ -114,11 +103,8 @@ def test_of_what_is_on_offer_the_depth_of_the_largest_gain_is_taken(rng, drafter
             for j in range(0 if step is None else longest):
                 active = int((offered > j).sum())
                 taken += seconds(step, active, active, context * active // BATCH)
-            emitted = (
-                1
-                + weights @ certain
-                + sum(w * a[:k].sum() for w, a, k in zip(weights, given, lengths, strict=True))
-            )
+            drafted = sum(w * a[:k].sum() for w, a, k in zip(weights, given, lengths, strict=True))
+            emitted = 1 + weights @ certain + drafted
             found.append((emitted * plain / taken, taken))
         assert (gain, duration) == pytest.approx(max(found), rel=1e-9)
         assert (gain, duration) == pytest.approx(found[depth - 1], rel=1e-9)
